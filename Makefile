@@ -1,0 +1,75 @@
+# Short targets; CI runs only these. PYTHON, MODEL, HOST, PORT, N, GPU and ARGS can be set on the command line.
+PYTHON ?= python3
+MODEL ?=
+HOST ?= 127.0.0.1
+PORT ?= 8000
+N ?= 3
+BIN := .venv/bin
+COMPOSE := docker compose -f deploy/compose.yaml $(if $(GPU),-f deploy/compose.gpu.yaml)
+# MODEL is a folder (mounted), a hub id (downloaded: the way out is opened) or empty (the demonstration model).
+FOLDER := $(if $(MODEL),$(realpath $(MODEL)))
+ifneq ($(FOLDER),)
+COMPOSE := MODEL_DIR=$(FOLDER) MODEL_NAME=$(notdir $(FOLDER)) MODEL_ARG=/models/$(notdir $(FOLDER)) $(COMPOSE)
+else ifneq ($(MODEL),)
+COMPOSE := MODEL_ARG=$(MODEL) $(COMPOSE) -f deploy/compose.hub.yaml
+endif
+COMPOSE := PORT=$(PORT) $(COMPOSE)
+ROOMS := protos engine_service tokenizer_service frontend kernels local
+
+.PHONY: install serve test test-gpu check format protos bench up down logs scale clean
+
+install: .venv/.installed
+
+.venv/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Penstock needs Python 3.11 or newer; set PYTHON=")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	deploy/install-torch.sh $(BIN)/python auto
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+serve: install
+	@$(BIN)/penstock serve $(MODEL) --host $(HOST) --port $(PORT) $(ARGS)
+
+test: install
+	$(BIN)/python -m pytest -m "not gpu" $(ARGS)
+
+# Needs only what a GPU image has (torch, triton, transformers, grpc) and a checkout: no install, no network.
+test-gpu: .dev/penstock
+	PYTHONPATH=.dev $(PYTHON) -m pytest -m gpu tests/kernels tests/engine $(ARGS)
+
+check: install .dev/penstock
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	MYPYPATH=.dev $(BIN)/mypy $(addprefix -p penstock.,$(ROOMS))
+	$(BIN)/python -m pytest -q tests/laws
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+protos: install
+	PYTHON=$(BIN)/python protos/generate.sh
+
+bench: install
+	$(BIN)/penstock bench serve --spawn $(MODEL) $(ARGS)
+
+# The namespace without an install: penstock.frontend is .dev/penstock/frontend, penstock.local a link beside it.
+.dev/penstock:
+	@mkdir -p $@
+	@for room in protos engine_service tokenizer_service frontend kernels; do ln -sfn ../../$$room $@/$$room; done
+	@ln -sfn ../../deploy/local $@/local
+
+up:
+	$(COMPOSE) up --build --detach --wait
+
+down:
+	$(COMPOSE) down --remove-orphans
+
+logs:
+	$(COMPOSE) logs --follow --tail 100
+
+scale:
+	$(COMPOSE) up --detach --wait --no-recreate --scale frontend=$(N)
+
+clean:
+	rm -rf .venv .dev build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
