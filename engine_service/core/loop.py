@@ -1,0 +1,159 @@
+"""The core's loop: receive, schedule, run, postprocess, send. What each of them means is known elsewhere."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Protocol
+
+from penstock.engine_service.core import messages
+from penstock.engine_service.core.faults import FaultPolicy
+from penstock.engine_service.core.inbox import Inbox, Outbox
+from penstock.engine_service.core.messages import RequestError
+from penstock.engine_service.core.postprocess import Postprocessor
+from penstock.engine_service.core.report import Counters, StepReport
+from penstock.engine_service.core.request import Sequence, SequenceResult, StepPlan
+from penstock.engine_service.core.scheduler import Scheduler
+
+log = logging.getLogger("penstock.engine.loop")
+
+# An idle loop looks at deadlines at least this often.
+_IDLE_WAIT_S = 1.0
+
+
+class Runner(Protocol):
+    """Computes a step. An exception means the step as a whole failed; what belongs to one sequence comes back
+    as the error of its result."""
+
+    def run(self, plan: StepPlan) -> list[SequenceResult]: ...
+
+    def forget(self, sequence: Sequence) -> None:
+        """The sequence has lost its slot; it may come back, with all its tokens to compute again."""
+
+
+class EngineLoop:
+    """One thread; `step` never waits longer than the next deadline, and not at all while there is work."""
+
+    def __init__(
+        self,
+        runner: Runner,
+        inbox: Inbox,
+        outbox: Outbox,
+        *,
+        num_blocks: int,
+        block_size: int,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_model_len: int,
+        enable_prefix_caching: bool = True,
+    ) -> None:
+        self._runner = runner
+        self._inbox = inbox
+        self._outbox = outbox
+        self.scheduler = Scheduler(
+            num_blocks=num_blocks,
+            block_size=block_size,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            max_model_len=max_model_len,
+            enable_prefix_caching=enable_prefix_caching,
+            on_release=self._forget,
+        )
+        self.counters = Counters()
+        self._postprocessor = Postprocessor(self.scheduler, self.counters)
+        self._faults = FaultPolicy(self.scheduler)
+        self._shutdown = False
+
+    def run(self) -> None:
+        """Runs until a Shutdown message or the end of the inbox. Raises EngineFatal when no step succeeds."""
+        while not (self._shutdown or self._inbox.closed):
+            self.step(self._idle_wait_s())
+
+    def step(self, wait_s: float = 0.0) -> None:
+        """One turn. wait_s: longest wait for a first message when there is no work."""
+        report = StepReport(self.counters)
+        for message in self._inbox.take(0.0 if self.scheduler.has_work else wait_s):
+            self._receive(message, report)
+        plan = self._schedule(report)
+        if plan.scheduled:
+            self._execute(plan, report)
+        if plan.scheduled or not report.empty:
+            self._outbox.send(report.build(self.load()))
+
+    def load(self) -> messages.Load:
+        return self.counters.fill(self.scheduler.load())
+
+    def _receive(self, message: messages.ToCore, report: StepReport) -> None:
+        match message:
+            case messages.AddRequest():
+                self._add(message, report)
+            case messages.AbortRequests():
+                for request_id in message.ids:
+                    self._abort(request_id, message.report, report)
+            case messages.Ping():
+                self._outbox.send(messages.Pong(message.serial, self.load()))
+            case messages.FlushCache():
+                freed = self.scheduler.flush_cache()
+                self._outbox.send(messages.CacheFlushed(message.serial, freed))
+            case messages.Shutdown():
+                self._shutdown = True
+
+    def _schedule(self, report: StepReport) -> StepPlan:
+        now_us = monotonic_us()
+        for request, error in self.scheduler.expire(now_us):
+            self._postprocessor.failed(request, error, report)
+        plan, casualties = self.scheduler.schedule(now_us)
+        for request, error in casualties:
+            self._postprocessor.failed(request, error, report)
+        return plan
+
+    def _execute(self, plan: StepPlan, report: StepReport) -> None:
+        self.counters.steps += 1
+        try:
+            results = self._runner.run(plan)
+            if len(results) != len(plan.scheduled):
+                raise RuntimeError(f"{len(results)} results for {len(plan.scheduled)} sequences")
+        except Exception as error:
+            for request, refusal in self._faults.step_failed(plan, error):
+                self._postprocessor.fail(request, refusal, report)
+            return
+        self._faults.step_succeeded()
+        self._postprocessor.apply(plan, results, report, monotonic_us())
+
+    def _add(self, params: messages.AddRequest, report: StepReport) -> None:
+        self.counters.accepted += 1
+        try:
+            self.scheduler.add(params)
+        except Exception as caught:
+            error = caught
+            if not isinstance(error, RequestError):
+                log.exception("adding request %d failed", params.id)
+                error = RequestError("internal_error", "An internal error occurred.")
+            self.counters.failed += 1
+            report.add_failure(params.id, error, messages.Usage(len(params.prompt)))
+
+    def _abort(self, request_id: int, tell: bool, report: StepReport) -> None:
+        request = self.scheduler.get(request_id)
+        if request is None:
+            return
+        if tell:
+            report.add_aborted(request, monotonic_us())
+        self.scheduler.remove(request)
+        self._postprocessor.forget(request)
+        self.counters.aborted += 1
+
+    def _forget(self, sequence: Sequence) -> None:
+        try:
+            self._runner.forget(sequence)
+        except Exception:
+            log.exception("the runner could not forget request %d", sequence.request.id)
+
+    def _idle_wait_s(self) -> float:
+        deadline = self.scheduler.next_deadline_us
+        if deadline is None:
+            return _IDLE_WAIT_S
+        return min(_IDLE_WAIT_S, max(0.0, (deadline - monotonic_us()) / 1e6))
+
+
+def monotonic_us() -> int:
+    return time.monotonic_ns() // 1000

@@ -1,0 +1,56 @@
+"""How many KV blocks to make, and making them. Knows sizes, not requests."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from penstock.engine_service.models.config import ModelSpec
+from penstock.engine_service.models.errors import ModelError
+
+
+def block_bytes(spec: ModelSpec, block_size: int, dtype: torch.dtype) -> int:
+    """Bytes of one block over all layers."""
+    return spec.num_layers * block_size * 2 * spec.num_kv_heads * spec.head_dim * dtype.itemsize
+
+
+def num_blocks(
+    *,
+    block_bytes: int,
+    block_size: int,
+    max_model_len: int,
+    max_num_seqs: int,
+    available_bytes: int,
+    default_bytes: int,
+    asked_blocks: int = 0,
+    asked_bytes: int = 0,
+) -> int:
+    """Blocks asked for, or what the bytes hold; never more than all sequences at full length could fill.
+
+    Raises ModelError when one sequence of max_model_len would not fit, or memory is short.
+    """
+    per_sequence = -(-max_model_len // block_size)
+    if asked_blocks:
+        count = asked_blocks
+    else:
+        count = min((asked_bytes or default_bytes) // block_bytes, per_sequence * max_num_seqs)
+    if count < per_sequence:
+        room = count * block_size
+        raise ModelError(
+            f"the KV cache has room for {room} tokens, less than one sequence of {max_model_len}: "
+            f"raise {'--num-kv-blocks' if asked_blocks else '--kv-cache-memory'} or lower --max-model-len"
+        )
+    if count * block_bytes > available_bytes:
+        raise ModelError(
+            f"a KV cache of {count * block_bytes} bytes does not fit the {available_bytes} free bytes: "
+            f"lower {'--num-kv-blocks' if asked_blocks else '--kv-cache-memory'} or --max-model-len"
+        )
+    return count
+
+
+def make_kv_caches(
+    spec: ModelSpec, blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
+) -> list[Tensor]:
+    """One cache a layer, [blocks, block_size, 2, kv_heads, head_dim]."""
+    shape = (blocks, block_size, 2, spec.num_kv_heads, spec.head_dim)
+    return [torch.zeros(shape, dtype=dtype, device=device) for _ in range(spec.num_layers)]

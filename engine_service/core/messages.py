@@ -1,0 +1,265 @@
+"""Messages between the engine's server process and its core, and the error a request can end with.
+
+msgspec structs, msgpack on the wire, one frame each (4-byte little-endian length, then the body). Plain
+numbers, bytes and lists: nothing here knows torch, gRPC or text.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+# Finish codes of a choice, equal to penstock.v1.FinishReason.
+RUNNING = 0
+STOP = 1
+LENGTH = 2
+ABORTED = 3
+
+
+class RequestError(Exception):
+    """Ends one request and no other. `reason` is a code of the error table ("invalid_value")."""
+
+    def __init__(self, reason: str, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.message = message
+        self.param = param
+
+
+class Sampling(msgspec.Struct, array_like=True, frozen=True):
+    """How the next token is chosen; every default resolved. Ranges as in engine.proto's SamplingParams."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0  # 0: all
+    min_p: float = 0.0
+    seed: int | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] = {}
+    allowed_token_ids: list[int] = []
+    bad_words: list[list[int]] = []
+    logprobs: int | None = None  # alternatives per token
+    prompt_logprobs: int | None = None
+    logprob_token_ids: list[int] = []
+
+
+class Configure(msgspec.Struct, tag="configure", array_like=True, frozen=True):
+    """The first message: what to load and within which limits. 0 or "" means: decide from the machine."""
+
+    model_path: str  # a local folder
+    dtype: str = "auto"  # auto, float32, bfloat16, float16
+    device: str = "auto"  # auto, cpu, cuda
+    load_format: str = "auto"  # auto (safetensors), dummy
+    max_model_len: int = 0
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 2048
+    block_size: int = 16
+    num_kv_blocks: int = 0
+    kv_cache_memory_bytes: int = 0
+    gpu_memory_utilization: float = 0.9
+    enable_prefix_caching: bool = True
+    threads: int = 0  # compute threads of the CPU backend
+    seed: int = 0  # of requests without one
+
+
+class AddRequest(msgspec.Struct, tag="add", array_like=True):
+    """A new request. `id` is the server's own, unique for the life of the core."""
+
+    id: int
+    prompt: list[int]
+    sampling: Sampling = Sampling()
+    n: int = 1
+    max_new_tokens: int = 16  # per choice, already clamped to the context
+    min_new_tokens: int = 0
+    stop_token_ids: list[int] = []  # beside the end-of-sequence ids
+    eos_token_ids: list[int] = []  # empty with ignore_eos; the min_new_tokens ban covers both lists
+    priority: int = 0  # lower first
+    cache_salt: str = ""
+    skip_cache_read: bool = False
+    arrival_us: int = 0  # monotonic clock; same clock in server and core (CLOCK_MONOTONIC)
+    queue_deadline_us: int = 0  # monotonic; 0: none. Unscheduled by then: queue_timeout
+    deadline_us: int = 0  # monotonic; 0: none. Unfinished by then: timeout
+
+
+class AbortRequests(msgspec.Struct, tag="abort", array_like=True):
+    """Ends requests. With `report`, each choice gets a Finish with ABORTED; without, silence."""
+
+    ids: list[int]
+    report: bool = False
+
+
+class Ping(msgspec.Struct, tag="ping", array_like=True):
+    """Answered by the loop with a Pong: proves that input thread and loop both make progress."""
+
+    serial: int
+
+
+class FlushCache(msgspec.Struct, tag="flush", array_like=True):
+    serial: int
+
+
+class Shutdown(msgspec.Struct, tag="shutdown", array_like=True):
+    """The core aborts what runs and exits with 0."""
+
+
+ToCore = Configure | AddRequest | AbortRequests | Ping | FlushCache | Shutdown
+
+
+class Usage(msgspec.Struct, array_like=True, frozen=True):
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0  # over all choices
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
+
+
+class Timings(msgspec.Struct, array_like=True, frozen=True):
+    queue_us: int = 0
+    prefill_us: int = 0
+    decode_us: int = 0
+    num_preemptions: int = 0
+
+
+class Logprobs(msgspec.Struct, array_like=True):
+    """Rows of one choice's tokens: `alternative_*` are row-major [len(logprobs), num_alternatives]."""
+
+    logprobs: list[float]
+    ranks: list[int]
+    num_alternatives: int
+    alternative_ids: list[int]
+    alternative_logprobs: list[float]
+
+
+class Started(msgspec.Struct, array_like=True):
+    id: int
+    usage: Usage
+    queue_us: int
+    prompt_logprobs: Logprobs | None = None
+
+
+class Finish(msgspec.Struct, array_like=True):
+    id: int
+    choice: int
+    reason: int
+    usage: Usage
+    timings: Timings
+    stop_token_id: int | None = None
+    stopped_by_eos: bool = False
+    cumulative_logprob: float | None = None
+
+
+class Failure(msgspec.Struct, array_like=True):
+    """The whole request ended with an error; nothing more is sent for it."""
+
+    id: int
+    reason: str
+    message: str
+    param: str | None = None
+    retry_after_s: float | None = None
+    usage: Usage = Usage()
+
+
+class Load(msgspec.Struct, array_like=True):
+    """Gauges and counters since start; same meaning as penstock.v1.EngineLoad."""
+
+    running: int = 0
+    waiting: int = 0
+    waiting_tokens: int = 0
+    kv_blocks_used: int = 0
+    kv_blocks_cached: int = 0
+    kv_blocks_total: int = 0
+    steps: int = 0
+    finished: int = 0
+    aborted: int = 0
+    failed: int = 0
+    num_preemptions: int = 0
+    prefix_cache_queries: int = 0
+    prefix_cache_hits: int = 0
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+
+
+class StepOutput(msgspec.Struct, tag="step", array_like=True):
+    """Everything one step produced, in the order: started, tokens, finishes, failures.
+
+    The token arrays run in parallel: entry i is one token of choice `choices[i]` of request `ids[i]`;
+    `completion_tokens[i]` is that request's cumulative count after it. `logprobs` maps an index i to its
+    one-row Logprobs, only for requests that asked.
+    """
+
+    ids: list[int]
+    choices: list[int]
+    tokens: list[int]
+    completion_tokens: list[int]
+    logprobs: dict[int, Logprobs]
+    started: list[Started]
+    finished: list[Finish]
+    failures: list[Failure]
+    load: Load
+
+
+class Pong(msgspec.Struct, tag="pong", array_like=True):
+    serial: int
+    load: Load
+
+
+class CacheFlushed(msgspec.Struct, tag="flushed", array_like=True):
+    serial: int
+    blocks_freed: int
+
+
+class Progress(msgspec.Struct, tag="progress", array_like=True):
+    """Weights read so far while loading, in bytes; total 0: unknown."""
+
+    done: int
+    total: int
+
+
+class Ready(msgspec.Struct, tag="ready", array_like=True):
+    """The model is loaded and the loop runs. What the server needs for GetInfo and validation."""
+
+    architectures: list[str]
+    max_model_len: int
+    vocab_size: int
+    eos_token_ids: list[int]
+    bos_token_id: int | None
+    pad_token_id: int | None
+    generation_defaults: Sampling
+    default_max_new_tokens: int | None
+    dtype: str
+    device: str
+    kv_block_size: int
+    kv_blocks: int
+    tasks: list[str]
+    capabilities: list[str]
+
+
+class LoadFailed(msgspec.Struct, tag="load_failed", array_like=True):
+    """The model folder is unusable; the core exits with 3 after sending it. One line, for people."""
+
+    message: str
+
+
+FromCore = StepOutput | Pong | CacheFlushed | Progress | Ready | LoadFailed
+
+FRAME_HEADER_BYTES = 4
+MAX_FRAME_BYTES = 256 * 1024 * 1024
+
+
+def encode(message: ToCore | FromCore) -> bytes:
+    """One frame: length and msgpack body."""
+    body = msgspec.msgpack.encode(message)
+    return len(body).to_bytes(FRAME_HEADER_BYTES, "little") + body
+
+
+_to_core = msgspec.msgpack.Decoder(ToCore)
+_from_core = msgspec.msgpack.Decoder(FromCore)
+
+
+def decode_to_core(body: bytes | memoryview) -> ToCore:
+    return _to_core.decode(body)
+
+
+def decode_from_core(body: bytes | memoryview) -> FromCore:
+    return _from_core.decode(body)

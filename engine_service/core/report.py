@@ -1,0 +1,137 @@
+"""Collects what one step made into one message, and counts requests by how they ended. Knows no scheduler."""
+
+from __future__ import annotations
+
+import msgspec
+
+from penstock.engine_service.core.messages import (
+    ABORTED,
+    Failure,
+    Finish,
+    Load,
+    Logprobs,
+    RequestError,
+    Started,
+    StepOutput,
+    Timings,
+    Usage,
+)
+from penstock.engine_service.core.request import Request, Sequence
+
+
+class Counters:
+    """Totals since the core started. accepted = finished + aborted + failed + live, always."""
+
+    def __init__(self) -> None:
+        self.accepted = 0
+        self.finished = 0
+        self.aborted = 0
+        self.failed = 0
+        self.steps = 0
+        self.prompt_tokens = 0
+        self.generation_tokens = 0
+
+    def fill(self, load: Load) -> Load:
+        return msgspec.structs.replace(
+            load,
+            steps=self.steps,
+            finished=self.finished,
+            aborted=self.aborted,
+            failed=self.failed,
+            prompt_tokens=self.prompt_tokens,
+            generation_tokens=self.generation_tokens,
+        )
+
+
+class StepReport:
+    """One step's events, in the order they are told."""
+
+    def __init__(self, counters: Counters) -> None:
+        self._counters = counters
+        self._ids: list[int] = []
+        self._choices: list[int] = []
+        self._tokens: list[int] = []
+        self._completion_tokens: list[int] = []
+        self._logprobs: dict[int, Logprobs] = {}
+        self._started: list[Started] = []
+        self._finished: list[Finish] = []
+        self._failures: list[Failure] = []
+
+    @property
+    def empty(self) -> bool:
+        return not (self._ids or self._started or self._finished or self._failures)
+
+    def add_started(self, request: Request, prompt_logprobs: Logprobs | None) -> None:
+        params = request.params
+        queue_us = max(0, request.sequences[0].first_scheduled_us - params.arrival_us)
+        self._counters.prompt_tokens += request.num_prompt_tokens
+        self._started.append(Started(request.id, usage_of(request), queue_us, prompt_logprobs))
+
+    def add_token(self, sequence: Sequence, token: int, logprobs: Logprobs | None) -> None:
+        if logprobs is not None:
+            self._logprobs[len(self._ids)] = logprobs
+        self._ids.append(sequence.request.id)
+        self._choices.append(sequence.choice)
+        self._tokens.append(token)
+        self._completion_tokens.append(sequence.request.completion_tokens)
+        self._counters.generation_tokens += 1
+
+    def add_finish(
+        self,
+        sequence: Sequence,
+        reason: int,
+        now_us: int,
+        *,
+        stop_token_id: int | None = None,
+        stopped_by_eos: bool = False,
+    ) -> None:
+        wanted = sequence.sampling.logprobs is not None
+        self._finished.append(
+            Finish(
+                sequence.request.id,
+                sequence.choice,
+                reason,
+                usage_of(sequence.request),
+                _timings(sequence, now_us),
+                stop_token_id,
+                stopped_by_eos,
+                sequence.cumulative_logprob if wanted else None,
+            )
+        )
+
+    def add_aborted(self, request: Request, now_us: int) -> None:
+        for sequence in request.sequences:
+            if not sequence.finished:
+                self.add_finish(sequence, ABORTED, now_us)
+
+    def add_failure(self, request_id: int, error: RequestError, usage: Usage) -> None:
+        self._failures.append(Failure(request_id, error.reason, error.message, error.param, None, usage))
+
+    def build(self, load: Load) -> StepOutput:
+        return StepOutput(
+            self._ids,
+            self._choices,
+            self._tokens,
+            self._completion_tokens,
+            self._logprobs,
+            self._started,
+            self._finished,
+            self._failures,
+            load,
+        )
+
+
+def usage_of(request: Request) -> Usage:
+    return Usage(request.num_prompt_tokens, request.cached_tokens, request.completion_tokens)
+
+
+def _timings(sequence: Sequence, now_us: int) -> Timings:
+    arrival = sequence.request.params.arrival_us
+    scheduled = sequence.first_scheduled_us or now_us
+    first = sequence.first_token_us or now_us
+    return Timings(
+        max(0, scheduled - arrival),
+        max(0, first - scheduled),
+        max(0, now_us - first),
+        sequence.num_preemptions,
+    )

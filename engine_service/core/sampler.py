@@ -1,0 +1,199 @@
+"""Chooses the next token of every sequence of a step. Knows requests; the arithmetic is in kernels.
+
+A row gets only the work its parameters ask for: greedy rows share one argmax, the others are copied to a
+workspace, edited and drawn a few at a time. Nothing a row's result depends on comes from its neighbours.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from penstock.engine_service.core.logit_edits import LogitEdits, apply_edits
+from penstock.engine_service.core.logprobs import gather_logprobs, take_row
+from penstock.engine_service.core.messages import RequestError
+from penstock.engine_service.core.request import Sequence, SequenceResult
+from penstock.engine_service.core.sampling_state import SamplingState
+from penstock.kernels import sampling
+
+log = logging.getLogger(__name__)
+
+_ROWS_AT_ONCE_CPU = 8  # 5 MB of a 152k vocabulary: stays near the caches
+_ROWS_AT_ONCE_DEVICE = 64
+
+
+@dataclass(slots=True)
+class _Row:
+    """One sequence's place in the logits; `best_id` and `best` are its argmax, after the edits once made."""
+
+    index: int
+    sequence: Sequence
+    state: SamplingState
+    edits: LogitEdits | None
+    best_id: int
+    best: float
+
+
+class Sampler:
+    """Batched sampling. `seed` feeds the requests that bring none."""
+
+    def __init__(self, vocab_size: int, device: torch.device, seed: int) -> None:
+        self._vocab_size = vocab_size
+        self._device = device
+        self._seed = seed
+        self._states: dict[tuple[int, int], SamplingState] = {}
+        rows = _ROWS_AT_ONCE_CPU if device.type == "cpu" else _ROWS_AT_ONCE_DEVICE
+        width = sampling.padded_width(vocab_size)
+        self._workspace = torch.empty(rows, width, dtype=torch.float32, device=device)
+
+    def sample(self, logits: Tensor, sequences: list[Sequence]) -> list[SequenceResult]:
+        """One token for each of `sequences` [R] from logits float32 [R, V], which stay as they are.
+
+        A row that cannot be sampled gets an error of its own. Raises ValueError if the shapes do not fit.
+        """
+        if logits.shape != (len(sequences), self._vocab_size):
+            raise ValueError(f"logits {tuple(logits.shape)} for {len(sequences)} sequences")
+        results = [SequenceResult() for _ in sequences]
+        if not sequences:
+            return results
+        rows = self._prepare(logits, sequences, results)
+        for row in rows:
+            if row.state.greedy and row.edits is None:
+                results[row.index].tokens = [row.best_id]
+        rest = sorted((row for row in rows if not results[row.index].tokens), key=_kind)
+        for start in range(0, len(rest), len(self._workspace)):
+            self._sample_rows(logits, rest[start : start + len(self._workspace)], results)
+        self._add_logprobs(logits, sequences, results)
+        return results
+
+    def forget(self, sequence: Sequence) -> None:
+        """Drops what is kept for a sequence that ended or was preempted; unknown sequences are ignored."""
+        self._states.pop(sequence.key, None)
+
+    def _prepare(
+        self, logits: Tensor, sequences: list[Sequence], results: list[SequenceResult]
+    ) -> list[_Row]:
+        """The rows that can be sampled; the others get their error: each request's exception boundary."""
+        rows = []
+        columns = [column.tolist() for column in sampling.argmax(logits)]
+        for index, (sequence, best_id, best) in enumerate(zip(sequences, *columns, strict=True)):
+            try:
+                if not math.isfinite(best):
+                    raise _not_finite()
+                state = self._state(sequence)
+                rows.append(_Row(index, sequence, state, state.edits(sequence), best_id, best))
+            except RequestError as error:
+                results[index].error = error
+            except Exception:
+                log.exception("request %d cannot be sampled", sequence.request.id)
+                results[index].error = RequestError("internal_error", "The request could not be sampled.")
+        return rows
+
+    def _state(self, sequence: Sequence) -> SamplingState:
+        state = self._states.get(sequence.key)
+        if state is None:
+            state = SamplingState.create(sequence, self._vocab_size, self._seed)
+            self._states[sequence.key] = state
+        return state
+
+    def _sample_rows(self, logits: Tensor, rows: list[_Row], results: list[SequenceResult]) -> None:
+        """Samples at most a workspace of rows, ordered by `_kind`."""
+        work = self._workspace[: len(rows)]
+        for place, row in enumerate(rows):
+            work[place, : self._vocab_size].copy_(logits[row.index])
+        work[:, self._vocab_size :] = -torch.inf
+        self._edit(work, rows, results)
+        drawn = [row for row in rows if not row.state.greedy]
+        tokens = self._draw(work[: len(drawn)], drawn) if drawn else []
+        tokens += [row.best_id for row in rows[len(drawn) :]]
+        for row, token in zip(rows, tokens, strict=True):
+            if results[row.index].error is None:
+                results[row.index].tokens = [token]
+
+    def _edit(self, work: Tensor, rows: list[_Row], results: list[SequenceResult]) -> None:
+        """Makes the rows' edits and finds their argmax; a row left without a finite one gets its error."""
+        edits = [(place, row.edits) for place, row in enumerate(rows) if row.edits is not None]
+        if not edits:
+            return
+        apply_edits(work, edits)
+        columns = [column.tolist() for column in sampling.argmax(work)]
+        for place, (row, best_id, best) in enumerate(zip(rows, *columns, strict=True)):
+            row.best_id, row.best = best_id, best
+            if math.isfinite(best):
+                continue
+            results[row.index].error = row.state.nothing_left() if best == -math.inf else _not_finite()
+            # Numbers of no consequence that the draws of the whole workspace can work on.
+            work[place] = -torch.inf
+            work[place, 0] = row.best = 0.0
+
+    def _draw(self, work: Tensor, rows: list[_Row]) -> list[int]:
+        """A token for each of `rows`, the filtered ones first, from logits work [N, W], which it destroys."""
+        best = self._floats([row.best for row in rows], torch.float32)
+        temperature = self._floats([row.state.temperature for row in rows], torch.float32)
+        uniforms = self._floats([row.state.uniform(row.sequence.num_output_tokens) for row in rows])
+        weights = sampling.to_weights(work, best, temperature)
+        tokens = [-1] * len(rows)
+        num_filtered = sum(row.state.filtered for row in rows)
+        undrawn = list(range(num_filtered, len(rows)))
+        if num_filtered:
+            states = [row.state for row in rows[:num_filtered]]
+            found = self._draw_filtered(weights[:num_filtered], states, uniforms[:num_filtered])
+            tokens[:num_filtered] = found
+            undrawn = [place for place, token in enumerate(found) if token < 0] + undrawn
+        if undrawn:
+            left = weights if len(undrawn) == len(rows) else weights[undrawn]
+            for place, token in zip(undrawn, sampling.draw(left, uniforms[undrawn]).tolist(), strict=True):
+                tokens[place] = token
+        return tokens
+
+    def _draw_filtered(self, weights: Tensor, states: list[SamplingState], uniforms: Tensor) -> list[int]:
+        """Tokens of the rows whose filters leave few; -1 where the weights are now filtered, not drawn."""
+        width = weights.shape[1]
+        top_k = torch.tensor([state.top_k or width for state in states], device=self._device)
+        top_p = self._floats([state.top_p for state in states])
+        min_p = self._floats([state.min_p for state in states], torch.float32)
+        ids, resolved = sampling.draw_filtered(weights, top_k, top_p, min_p, uniforms)
+        tokens = ids.where(resolved, -1).tolist()
+        for row, state, token in zip(weights, states, tokens, strict=True):
+            if token < 0:
+                sampling.keep_filtered(row, state.top_k or width, state.top_p, state.min_p)
+        return tokens
+
+    def _add_logprobs(self, logits: Tensor, sequences: list[Sequence], results: list[SequenceResult]) -> None:
+        sampled = [index for index, result in enumerate(results) if result.error is None]
+        ranked: list[tuple[int, int]] = []  # (row, number of alternatives)
+        for index in sampled:
+            asked = sequences[index].sampling
+            if asked.logprob_token_ids:
+                row = logits[index : index + 1]
+                results[index].logprobs = gather_logprobs(
+                    row, results[index].tokens, 0, asked.logprob_token_ids
+                )
+            elif asked.logprobs is not None:
+                ranked.append((index, asked.logprobs))
+        if not ranked:
+            return
+        indices = [index for index, _ in ranked]
+        chosen = logits if len(indices) == len(sequences) else logits[indices]
+        tokens = [results[index].tokens[0] for index in indices]
+        rows = gather_logprobs(chosen, tokens, max(count for _, count in ranked))
+        for place, (index, count) in enumerate(ranked):
+            results[index].logprobs = take_row(rows, place, count)
+
+    def _floats(self, values: list[float], dtype: torch.dtype = torch.float64) -> Tensor:
+        return torch.tensor(values, dtype=dtype, device=self._device)
+
+
+def _kind(row: _Row) -> int:
+    """Rows of a kind stand together in the workspace: 0 filtered draws, 1 plain draws, 2 greedy."""
+    if row.state.greedy:
+        return 2
+    return 0 if row.state.filtered else 1
+
+
+def _not_finite() -> RequestError:
+    return RequestError("internal_error", "The model produced numbers that are not finite.")

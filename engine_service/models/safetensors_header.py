@@ -1,0 +1,87 @@
+"""Reads and checks the header of one safetensors file, before anything of its size is allocated."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from penstock.engine_service.models.errors import ModelError
+
+_LENGTH_BYTES = 8
+_MAX_HEADER_BYTES = 100_000_000  # the format's own bound
+_FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    file: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    num_bytes: int
+
+
+def read_header(path: Path) -> dict[str, TensorEntry]:
+    """The file's tensors by name. Raises ModelError naming file, tensor, expected and found."""
+    try:
+        header, data_bytes = _read(path)
+    except OSError as error:
+        raise ModelError(f"{path.name}: cannot be read ({error.strerror})") from None
+    entries = {
+        name: _entry(path.name, name, value, data_bytes)
+        for name, value in header.items()
+        if name != "__metadata__"
+    }
+    used = sum(entry.num_bytes for entry in entries.values())
+    if used != data_bytes:
+        raise ModelError(f"{path.name}: tensors take {used} bytes, but the file has {data_bytes} for them")
+    return entries
+
+
+def _read(path: Path) -> tuple[dict[str, Any], int]:
+    """The header and the number of bytes after it."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        prefix = file.read(_LENGTH_BYTES)
+        if len(prefix) < _LENGTH_BYTES:
+            raise ModelError(f"{path.name}: {size} bytes is too short for a safetensors file")
+        length = int.from_bytes(prefix, "little")
+        if length > min(_MAX_HEADER_BYTES, size - _LENGTH_BYTES):
+            raise ModelError(f"{path.name}: header of {length} bytes does not fit a file of {size} bytes")
+        return _parse(path.name, file.read(length)), size - _LENGTH_BYTES - length
+
+
+def _parse(file: str, text: bytes) -> dict[str, Any]:
+    try:
+        header = json.loads(text)
+    except (ValueError, RecursionError):
+        raise ModelError(f"{file}: header is not valid JSON") from None
+    if not isinstance(header, dict):
+        raise ModelError(f"{file}: header is not a JSON object")
+    return header
+
+
+def _entry(file: str, name: str, value: Any, data_bytes: int) -> TensorEntry:
+    match value:
+        case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [int(start), int(stop)]}:
+            pass
+        case _:
+            raise ModelError(f"{file}: tensor '{name}' has a malformed header entry")
+    if any(not isinstance(extent, int) or isinstance(extent, bool) or extent < 0 for extent in shape):
+        raise ModelError(f"{file}: tensor '{name}' has a malformed shape")
+    if dtype not in _FLOATS:
+        raise ModelError(
+            f"{file}: tensor '{name}' has dtype {dtype[:20]}, expected one of {', '.join(_FLOATS)}"
+        )
+    if not 0 <= start <= stop <= data_bytes:
+        raise ModelError(
+            f"{file}: tensor '{name}' ends at byte {stop}, but the file has {data_bytes} (is it truncated?)"
+        )
+    num_bytes = math.prod(shape) * _FLOATS[dtype].itemsize
+    if stop - start != num_bytes:
+        raise ModelError(f"{file}: tensor '{name}' takes {stop - start} bytes, expected {num_bytes}")
+    return TensorEntry(file, _FLOATS[dtype], tuple(shape), num_bytes)

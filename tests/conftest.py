@@ -1,0 +1,46 @@
+"""Fixtures shared by all rooms."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+# Before torch is imported, here or in a process started by a test: many tests share few cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def load_support(name: str) -> ModuleType:
+    """A module of tests/support, without a package and without touching sys.path."""
+    path = Path(__file__).parent / "support" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"penstock_tests_{name}", path)
+    if spec is None or spec.loader is None:
+        raise ImportError(name)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """tiny_checkpoint(family, sharded=False, dtype="float32", **overrides of the config) -> a model folder.
+
+    Families are those of support/checkpoints.py ("llama", "qwen2", "opt", ...). Folders are shared: read
+    only.
+    """
+    checkpoints = load_support("checkpoints")
+    made: dict[tuple[str, str], Path] = {}
+
+    def make(family: str, **options: Any) -> Path:
+        key = (family, repr(sorted(options.items())))
+        if key not in made:
+            folder = tmp_path_factory.mktemp("models") / f"tiny-{family}"
+            made[key] = checkpoints.make_checkpoint(folder, family, **options)
+        return made[key]
+
+    return make

@@ -1,0 +1,303 @@
+"""The loop: stop conditions, deadlines, error boundaries, step failures. With the fake model."""
+
+from __future__ import annotations
+
+import math
+import threading
+
+import pytest
+from fake_runner import FakeRunner, expected, logprob_of
+from in_process import Harness
+
+from penstock.engine_service.core import loop as loop_module
+from penstock.engine_service.core.faults import MAX_FAILURES_IN_A_ROW, EngineFatal
+from penstock.engine_service.core.inbox import Inbox
+from penstock.engine_service.core.messages import (
+    ABORTED,
+    LENGTH,
+    STOP,
+    AbortRequests,
+    AddRequest,
+    Ping,
+    Pong,
+    RequestError,
+    Sampling,
+    Shutdown,
+)
+from penstock.engine_service.core.request import ScheduledSequence, StepPlan
+
+PROMPT = [1, 2, 3]
+SAYS = expected(PROMPT, 12)
+
+
+def test_stops_at_an_end_of_sequence_id() -> None:
+    said = Harness().generate(AddRequest(id=1, prompt=PROMPT, max_new_tokens=9, eos_token_ids=[SAYS[3]]))
+    finish = said[1].finished[0]
+    assert said[1].tokens[0] == SAYS[:4]
+    assert (finish.reason, finish.stop_token_id, finish.stopped_by_eos) == (STOP, SAYS[3], True)
+    assert finish.usage.completion_tokens == 4
+
+
+def test_stops_at_a_stop_id_even_on_the_last_token() -> None:
+    said = Harness().generate(AddRequest(id=1, prompt=PROMPT, max_new_tokens=4, stop_token_ids=[SAYS[3]]))
+    finish = said[1].finished[0]
+    assert (finish.reason, finish.stop_token_id, finish.stopped_by_eos) == (STOP, SAYS[3], False)
+
+
+def test_min_new_tokens_outlives_stop_ids() -> None:
+    request = AddRequest(
+        id=1, prompt=PROMPT, max_new_tokens=9, min_new_tokens=3, eos_token_ids=[SAYS[2], SAYS[5]]
+    )
+    said = Harness().generate(request)
+    assert said[1].tokens[0] == SAYS[:6]
+
+
+def test_ends_with_the_context() -> None:
+    said = Harness(max_model_len=8).generate(AddRequest(id=1, prompt=PROMPT, max_new_tokens=100))
+    assert said[1].tokens[0] == SAYS[:5]
+    assert said[1].finished[0].reason == LENGTH
+
+
+def test_zero_new_tokens_only_scores_the_prompt() -> None:
+    request = AddRequest(
+        id=1, prompt=list(range(20)), max_new_tokens=0, n=2, sampling=Sampling(prompt_logprobs=1)
+    )
+    said = Harness(max_num_batched_tokens=6).generate(request)
+    rows = said[1].started[0].prompt_logprobs
+    assert rows is not None
+    assert math.isnan(rows.logprobs[0])
+    assert rows.logprobs[1:] == [logprob_of(token) for token in range(1, 20)]
+    assert (rows.ranks[0], rows.num_alternatives, rows.alternative_ids[:2]) == (0, 1, [0, 1])
+    assert [said[1].finished[c].reason for c in (0, 1)] == [LENGTH, LENGTH]
+    assert said[1].tokens == {}
+
+
+def test_prompt_of_one_token_has_one_empty_row() -> None:
+    said = Harness().generate(
+        AddRequest(id=1, prompt=[5], max_new_tokens=0, sampling=Sampling(prompt_logprobs=2))
+    )
+    rows = said[1].started[0].prompt_logprobs
+    assert rows is not None
+    assert (len(rows.logprobs), rows.num_alternatives, len(rows.alternative_ids)) == (1, 2, 2)
+
+
+def test_prompt_logprobs_survive_chunks_and_preemption() -> None:
+    harness = Harness(FakeRunner(4), num_blocks=10, block_size=4, max_num_batched_tokens=2)
+    harness.put(AddRequest(id=1, prompt=[9, 9], max_new_tokens=30))
+    harness.steps(1)
+    prompt = list(range(24))
+    harness.put(AddRequest(id=2, prompt=prompt, max_new_tokens=1, sampling=Sampling(prompt_logprobs=0)))
+    harness.run()
+    harness.check_idle()
+    assert harness.said[2].finished[0].timings.num_preemptions == 1
+    rows = harness.said[2].started[0].prompt_logprobs
+    assert rows is not None
+    assert rows.logprobs[1:] == [logprob_of(token) for token in prompt[1:]]
+
+
+def test_logprobs_and_their_sum() -> None:
+    harness = Harness()
+    said = harness.generate(
+        AddRequest(id=1, prompt=PROMPT, max_new_tokens=3, sampling=Sampling(logprobs=2)),
+        AddRequest(id=2, prompt=PROMPT, max_new_tokens=3),
+    )
+    assert said[1].finished[0].cumulative_logprob == pytest.approx(sum(map(logprob_of, SAYS[:3])))
+    assert said[2].finished[0].cumulative_logprob is None
+    for step in harness.sent:
+        for index, row in step.logprobs.items():
+            assert step.ids[index] == 1
+            assert row.logprobs == [logprob_of(step.tokens[index])]
+
+
+def test_abort_with_and_without_report() -> None:
+    harness = Harness()
+    harness.put(*(AddRequest(id=i, prompt=PROMPT, n=2, max_new_tokens=50) for i in (1, 2)))
+    harness.steps(3)
+    harness.put(AbortRequests([1, 77], report=True), AbortRequests([2]))
+    harness.run()
+    harness.check_idle()
+    assert {f.reason for f in harness.said[1].finished.values()} == {ABORTED}
+    assert len(harness.said[1].finished) == 2
+    assert not harness.said[2].over
+    assert harness.loop.counters.aborted == 2
+
+
+def test_deadlines_of_the_queue_and_of_the_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [1_000]
+    monkeypatch.setattr(loop_module, "monotonic_us", lambda: clock[0])
+    harness = Harness(max_num_seqs=1)
+    harness.put(
+        AddRequest(id=1, prompt=PROMPT, max_new_tokens=100, queue_deadline_us=2_000),
+        AddRequest(id=2, prompt=PROMPT, max_new_tokens=1, queue_deadline_us=3_000, deadline_us=9_000),
+        AddRequest(id=3, prompt=PROMPT, max_new_tokens=100, deadline_us=5_000),
+    )
+    harness.steps(3)
+    clock[0] = 3_000
+    harness.steps(1)
+    assert harness.said[2].failures[0].reason == "queue_timeout"
+    assert not harness.said[1].over  # had been scheduled before its queue deadline
+    harness.put(AbortRequests([1]))
+    harness.steps(4)
+    clock[0] = 5_000
+    harness.run()
+    harness.check_idle()
+    failure = harness.said[3].failures[0]
+    assert failure.reason == "timeout"
+    assert failure.usage.completion_tokens > 0
+
+
+def test_an_idle_loop_sleeps_until_the_next_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [1_000_000]
+    monkeypatch.setattr(loop_module, "monotonic_us", lambda: clock[0])
+    harness = Harness()
+    assert harness.loop._idle_wait_s() == 1.0
+    harness.loop.scheduler.add(AddRequest(id=1, prompt=[1], deadline_us=1_250_000))
+    assert harness.loop._idle_wait_s() == pytest.approx(0.25)
+    clock[0] = 2_000_000
+    assert harness.loop._idle_wait_s() == 0.0
+
+
+def test_an_error_in_one_result_ends_that_request_alone() -> None:
+    def fail_second(item: ScheduledSequence) -> None:
+        if item.sequence.request.id == 2 and item.sequence.num_output_tokens == 2:
+            raise RequestError("invalid_value", "bad ids", "logit_bias")
+
+    harness = Harness(FakeRunner(on_sequence=fail_second))
+    said = harness.generate(*(AddRequest(id=i, prompt=[i], n=2, max_new_tokens=6) for i in range(8)))
+    assert said[2].failures[0].reason == "invalid_value"
+    assert said[2].failures[0].param == "logit_bias"
+    for number in (0, 1, 3, 4, 5, 6, 7):
+        assert said[number].tokens[1] == expected([number], 6, 1)
+
+
+class BadRows(FakeRunner):
+    """Returns a malformed result for request 2."""
+
+    def _one(self, item: ScheduledSequence):  # type: ignore[no-untyped-def]
+        result = super()._one(item)
+        if item.sequence.request.id == 2:
+            result.tokens = []
+        return result
+
+
+def test_a_malformed_result_ends_that_request_alone() -> None:
+    said = Harness(BadRows()).generate(*(AddRequest(id=i, prompt=[i], max_new_tokens=3) for i in (1, 2)))
+    assert said[2].failures[0].reason == "internal_error"
+    assert said[1].tokens[0] == expected([1], 3)
+
+
+def test_a_runner_that_cannot_forget_stops_nobody() -> None:
+    class Forgetful(FakeRunner):
+        def forget(self, sequence):  # type: ignore[no-untyped-def]
+            super().forget(sequence)
+            raise RuntimeError("no")
+
+    said = Harness(Forgetful()).generate(AddRequest(id=1, prompt=PROMPT, max_new_tokens=2))
+    assert said[1].tokens[0] == SAYS[:2]
+
+
+def test_one_failing_step_is_computed_again_with_the_same_output() -> None:
+    failures = iter([True])
+
+    def fail_once(plan: StepPlan) -> None:
+        if len(plan.scheduled) == 4 and plan.num_tokens == 4 and next(failures, False):
+            raise RuntimeError("device hiccup")
+
+    harness = Harness(FakeRunner(on_run=fail_once))
+    said = harness.generate(*(AddRequest(id=i, prompt=[i, i], max_new_tokens=8) for i in range(4)))
+    assert next(failures, None) is None, "the failure never happened"
+    for number in range(4):
+        assert said[number].tokens[0] == expected([number, number], 8)
+
+
+def test_a_poisonous_request_is_found_and_refused_alone() -> None:
+    def poison(plan: StepPlan) -> None:
+        for item in plan.scheduled:
+            if item.sequence.request.id == 3 and item.sequence.num_output_tokens == 2:
+                raise ZeroDivisionError
+
+    harness = Harness(FakeRunner(on_run=poison))
+    said = harness.generate(*(AddRequest(id=i, prompt=[i], n=2, max_new_tokens=8) for i in range(6)))
+    assert said[3].failures[0].reason == "engine_lost"
+    for number in (0, 1, 2, 4, 5):
+        assert said[number].tokens[0] == expected([number], 8)
+        assert said[number].tokens[1] == expected([number], 8, 1)
+
+
+def test_poison_in_a_long_prompt_spares_waiting_requests() -> None:
+    def poison(plan: StepPlan) -> None:
+        for item in plan.scheduled:
+            if item.sequence.request.id == 0 and item.sequence.num_computed_tokens > 8:
+                raise RuntimeError
+
+    harness = Harness(FakeRunner(on_run=poison), max_num_seqs=1, max_num_batched_tokens=4)
+    said = harness.generate(*(AddRequest(id=i, prompt=[i] * 20, max_new_tokens=3) for i in range(3)))
+    assert said[0].failures[0].reason == "engine_lost"
+    assert said[1].tokens[0] == expected([1] * 20, 3)
+    assert said[2].tokens[0] == expected([2] * 20, 3)
+
+
+def test_out_of_memory_twice_says_overloaded() -> None:
+    class OutOfMemoryError(RuntimeError):
+        pass
+
+    def fail(plan: StepPlan) -> None:
+        raise OutOfMemoryError
+
+    said = Harness(FakeRunner(on_run=fail)).generate(AddRequest(id=1, prompt=PROMPT))
+    assert said[1].failures[0].reason == "engine_overloaded"
+
+
+def test_too_few_results_fail_the_step() -> None:
+    class Short(FakeRunner):
+        def run(self, plan):  # type: ignore[no-untyped-def]
+            return super().run(plan)[1:]
+
+    said = Harness(Short()).generate(AddRequest(id=1, prompt=PROMPT))
+    assert said[1].failures[0].reason == "engine_lost"
+
+
+def test_a_device_that_never_answers_ends_the_core() -> None:
+    def fail(plan: StepPlan) -> None:
+        raise RuntimeError("lost")
+
+    harness = Harness(FakeRunner(on_run=fail))
+    harness.put(*(AddRequest(id=i, prompt=[i]) for i in range(MAX_FAILURES_IN_A_ROW)))
+    with pytest.raises(EngineFatal):
+        harness.run()
+
+
+def test_one_message_per_step() -> None:
+    harness = Harness()
+    harness.put(*(AddRequest(id=i, prompt=[i], max_new_tokens=4) for i in range(5)))
+    harness.run()
+    assert len(harness.sent) == 4
+    assert all(len(message.ids) == 5 for message in harness.sent)
+
+
+def test_ping_is_answered_between_steps_and_shutdown_ends_the_loop() -> None:
+    harness = Harness()
+    harness.put(AddRequest(id=1, prompt=PROMPT, max_new_tokens=1000), Ping(5))
+    harness.steps(2)
+    pong = next(message for message in harness.sent if isinstance(message, Pong))
+    assert pong.serial == 5
+    assert pong.load.waiting == 1
+    harness.put(Shutdown())
+    harness.loop.run()
+
+
+def test_a_closed_inbox_wakes_and_ends_an_idle_loop() -> None:
+    harness = Harness()
+    thread = threading.Thread(target=harness.loop.run)
+    thread.start()
+    harness.inbox.close()
+    thread.join(timeout=10)
+    assert not thread.is_alive()
+
+
+def test_inbox_hands_over_batches_in_order() -> None:
+    inbox = Inbox()
+    assert inbox.take() == []
+    for number in range(3):
+        inbox.put(Ping(number))
+    assert [message.serial for message in inbox.take(5.0)] == [0, 1, 2]
