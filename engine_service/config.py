@@ -1,0 +1,135 @@
+"""The engine's configuration, and what the core is told of it. Knows no files but the model folder's name."""
+
+from __future__ import annotations
+
+import re
+import secrets
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from penstock.engine_service.core.messages import Configure
+from penstock.protos.settings import Config
+
+_UNITS = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*")
+
+
+class EngineConfig(Config):
+    """One engine: a model, its limits, and where it listens."""
+
+    model: str = Field(
+        description="folder of the model (config.json and *.safetensors)",
+        json_schema_extra={"positional": True, "metavar": "FOLDER"},
+    )
+    served_model_name: tuple[str, ...] = Field(
+        (), description="id of the model, further ones are aliases; default: the folder's name"
+    )
+    model_root: str = Field("", description="origin of the model as shown to callers, such as a hub id")
+    host: str = Field("127.0.0.1", description="address to listen on")
+    port: int = Field(50051, ge=0, le=65535, description="gRPC port; 0 picks a free one")
+    listen: tuple[str, ...] = Field(
+        (), description='gRPC addresses such as "unix:/run/engine.sock"; replaces host and port'
+    )
+    metrics_port: int = Field(0, ge=0, le=65535, description="HTTP port of /metrics; 0 is off")
+    log_level: Literal["debug", "info", "warning", "error", "critical"] = Field(
+        "info", description="least severe level that is logged"
+    )
+    log_format: Literal["text", "json"] = Field("text", description="form of the log lines")
+    drain_seconds: float = Field(
+        45.0, ge=0, le=86400, description="longest wait for running requests at shutdown"
+    )
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="type of weights and KV cache"
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the model runs")
+    load_format: Literal["auto", "dummy"] = Field(
+        "auto", description="auto reads safetensors, dummy makes random weights"
+    )
+    max_model_len: int = Field(
+        0, ge=0, description="longest prompt and output together, in tokens; 0: model's"
+    )
+    max_num_seqs: int = Field(256, ge=1, le=65536, description="sequences in one step")
+    max_num_batched_tokens: int = Field(2048, ge=1, le=2**20, description="tokens in one step")
+    num_kv_blocks: int = Field(0, ge=0, description="blocks of the KV cache; 0: as memory allows")
+    kv_cache_memory: str = Field("", description='memory of the KV cache, such as "4GiB"; empty: decide')
+    gpu_memory_utilization: float = Field(
+        0.9, gt=0, le=1, description="share of the device's memory that may be used"
+    )
+    enable_prefix_caching: bool = Field(True, description="reuse keys and values of equal prompt beginnings")
+    threads: int = Field(0, ge=0, le=1024, description="compute threads of the CPU backend; 0: decide")
+    seed: int | None = Field(None, description="seed of requests that bring none; unset: new at each start")
+
+    max_queued_requests: int = Field(256, ge=0, description="requests that may wait; more are refused")
+    max_queued_tokens: int = Field(1_000_000, ge=0, description="prompt tokens that may wait")
+    queue_timeout_seconds: float = Field(60.0, ge=0, description="longest wait in the queue; 0: no limit")
+    silence_seconds: float = Field(
+        120.0, gt=0, description="a core that says nothing for so long is restarted"
+    )
+
+    @field_validator("model")
+    @classmethod
+    def _not_empty(cls, value: str) -> str:
+        if not value.strip():
+            raise ValueError("a model folder is needed")
+        return value
+
+    @field_validator("kv_cache_memory")
+    @classmethod
+    def _is_a_size(cls, value: str) -> str:
+        parse_size(value)
+        return value
+
+    @model_validator(mode="after")
+    def _slots_fit_the_budget(self) -> EngineConfig:
+        if self.max_num_seqs > self.max_num_batched_tokens:
+            raise ValueError("max_num_seqs must not be larger than max_num_batched_tokens")
+        return self
+
+    @property
+    def model_id(self) -> str:
+        return self.served_model_name[0] if self.served_model_name else Path(self.model).resolve().name
+
+    @property
+    def aliases(self) -> tuple[str, ...]:
+        return self.served_model_name[1:]
+
+    @property
+    def root(self) -> str:
+        """What callers see as the origin: never a path."""
+        return self.model_root or Path(self.model).resolve().name
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return self.listen or (f"{host}:{self.port}",)
+
+    def configure(self) -> Configure:
+        """The core's first message."""
+        return Configure(
+            model_path=self.model,
+            dtype=self.dtype,
+            device=self.device,
+            load_format=self.load_format,
+            max_model_len=self.max_model_len,
+            max_num_seqs=self.max_num_seqs,
+            max_num_batched_tokens=self.max_num_batched_tokens,
+            num_kv_blocks=self.num_kv_blocks,
+            kv_cache_memory_bytes=parse_size(self.kv_cache_memory),
+            gpu_memory_utilization=self.gpu_memory_utilization,
+            enable_prefix_caching=self.enable_prefix_caching,
+            threads=self.threads,
+            seed=secrets.randbits(63) if self.seed is None else self.seed,
+        )
+
+
+def parse_size(text: str) -> int:
+    """Bytes of "4GiB", "512 MB" or "1000000"; 0 for an empty text. Raises ValueError."""
+    if not text.strip():
+        return 0
+    match = _SIZE.fullmatch(text)
+    if match is None or match[2].lower() not in _UNITS:
+        raise ValueError('a size is a number and a unit, such as "4GiB" or "512MB"')
+    return int(float(match[1]) * _UNITS[match[2].lower()])

@@ -1,0 +1,105 @@
+"""One core process as the server sees it: a child, and frames over a socket. Knows no requests."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+import sys
+from collections.abc import Sequence
+
+import msgspec
+
+from penstock.engine_service.core.messages import (
+    FRAME_HEADER_BYTES,
+    MAX_FRAME_BYTES,
+    FromCore,
+    ToCore,
+    decode_from_core,
+    encode,
+)
+
+COMMAND = (sys.executable, "-P", "-m", "penstock.engine_service.core.process")
+# A killed child is gone at once; one that hangs in the kernel must not hang the server too.
+_REAP_TIMEOUT_S = 10.0
+
+
+class CoreGone(Exception):
+    """The socket to the core has ended, or what came over it makes no sense."""
+
+
+class CoreProcess:
+    """A running core. Sending never blocks and never fails; the end shows in `receive`."""
+
+    def __init__(
+        self,
+        process: asyncio.subprocess.Process,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+    ) -> None:
+        self._process = process
+        self._reader = reader
+        self._writer = writer
+
+    @classmethod
+    async def spawn(cls, command: Sequence[str], log_level: str, log_format: str) -> CoreProcess:
+        """Raises OSError when the process cannot be started."""
+        ours, theirs = socket.socketpair()
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *command,
+                f"--fd={theirs.fileno()}",
+                f"--parent={os.getpid()}",
+                f"--log-level={log_level}",
+                f"--log-format={log_format}",
+                stdin=asyncio.subprocess.DEVNULL,
+                pass_fds=[theirs.fileno()],
+            )
+        except BaseException:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
+        reader, writer = await asyncio.open_connection(sock=ours)
+        return cls(process, reader, writer)
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def send(self, message: ToCore) -> None:
+        if not self._writer.is_closing():
+            self._writer.write(encode(message))
+
+    async def receive(self) -> FromCore:
+        """The next message. Raises CoreGone. Waits as long as the core lives: whoever reads must also watch
+        for silence."""
+        try:
+            header = await self._reader.readexactly(FRAME_HEADER_BYTES)
+            size = int.from_bytes(header, "little")
+            if size > MAX_FRAME_BYTES:
+                raise CoreGone(f"a frame of {size} bytes")
+            return decode_from_core(await self._reader.readexactly(size))
+        except (asyncio.IncompleteReadError, OSError, msgspec.MsgspecError) as error:
+            raise CoreGone(type(error).__name__) from error
+
+    def kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            self._process.kill()
+
+    async def end(self, patience_s: float = 0.0) -> int | None:
+        """Reaps the process, killing it if it does not end by itself within patience_s. Its exit code
+        (negative: the signal), or None if even that did not help."""
+        try:
+            if patience_s:
+                with contextlib.suppress(TimeoutError):
+                    return await asyncio.wait_for(self._process.wait(), patience_s)
+            self.kill()
+            with contextlib.suppress(TimeoutError):
+                return await asyncio.wait_for(self._process.wait(), _REAP_TIMEOUT_S)
+            return None
+        finally:
+            self._writer.close()
+            with contextlib.suppress(OSError):
+                await self._writer.wait_closed()

@@ -1,0 +1,232 @@
+"""The Engine and EngineAdmin servicers: protocol messages to requests, events back. Knows no scheduling."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Callable
+from typing import Any, NoReturn, TypeAlias
+
+import grpc
+
+from penstock.engine_service.admission import Admission
+from penstock.engine_service.client import EngineClient, Live, Sink
+from penstock.engine_service.core_keeper import State
+from penstock.engine_service.drain import Drain
+from penstock.engine_service.generate import GenerateSink
+from penstock.engine_service.identity import Identity
+from penstock.engine_service.multiplex import MultiplexSink, slot_error
+from penstock.engine_service.validation import Validator
+from penstock.protos import engine_pb2 as pb
+from penstock.protos import engine_pb2_grpc
+from penstock.protos.errors import ApiError
+
+log = logging.getLogger("penstock.engine.server")
+
+Context: TypeAlias = grpc.aio.ServicerContext
+_MIN_WATCH_INTERVAL_US = 100_000
+_DEFAULT_WATCH_INTERVAL_US = 1_000_000
+_STATES = {
+    State.LOADING: pb.SERVING_STATE_LOADING,
+    State.READY: pb.SERVING_STATE_READY,
+    State.DOWN: pb.SERVING_STATE_DOWN,
+}
+
+
+class EngineServicer(engine_pb2_grpc.EngineServicer):
+    """Every handler ends by itself when its caller leaves: what it started in the core is aborted."""
+
+    def __init__(
+        self,
+        client: EngineClient,
+        admission: Admission,
+        drain: Drain,
+        identity: Identity,
+        *,
+        queue_timeout_seconds: float,
+    ) -> None:
+        self._client = client
+        self._admission = admission
+        self._drain = drain
+        self._identity = identity
+        self._queue_timeout_us = int(queue_timeout_seconds * 1e6)
+
+    async def Generate(self, request: pb.GenerateRequest, context: Context) -> None:
+        sink = GenerateSink(_canceller())
+        live = self._admit(request, sink, _time_remaining_us(context))
+        try:
+            await sink.outgoing.pump(context.write)
+        finally:
+            self._client.abort([live])
+
+    async def Multiplex(self, requests: AsyncIterator[pb.MultiplexRequest], context: Context) -> None:
+        sink = MultiplexSink(_canceller())
+        reader = asyncio.create_task(self._read_starts(requests, sink))
+        try:
+            with self._drain.stream(sink.outgoing):
+                await sink.outgoing.pump(context.write)
+        finally:
+            reader.cancel()
+            self._client.abort(list(sink.slots.values()))
+
+    async def Embed(self, request: pb.EmbedRequest, context: Context) -> NoReturn:
+        _refuse("Embed")
+
+    async def Score(self, request: pb.ScoreRequest, context: Context) -> NoReturn:
+        _refuse("Score")
+
+    async def GetInfo(self, request: pb.GetInfoRequest, context: Context) -> pb.EngineInfo:
+        ready = self._client.ready
+        if ready is None:
+            raise ApiError("engine_loading", "The engine is loading the model.")
+        return self._identity.info(ready, self._client.ready_unix_s)
+
+    async def GetLoad(self, request: pb.GetLoadRequest, context: Context) -> pb.EngineLoad:
+        return self._load()
+
+    async def WatchLoad(self, request: pb.WatchLoadRequest, context: Context) -> AsyncIterator[pb.EngineLoad]:
+        interval_us = request.interval_us or _DEFAULT_WATCH_INTERVAL_US
+        if interval_us < _MIN_WATCH_INTERVAL_US:
+            raise ApiError(
+                "invalid_value", f"interval_us must be at least {_MIN_WATCH_INTERVAL_US}.", "interval_us"
+            )
+        while True:
+            yield self._load()
+            if await self._drain.wait_over(min(interval_us / 1e6, 3600.0)):
+                return
+
+    async def Abort(self, request: pb.AbortRequest, context: Context) -> pb.AbortResponse:
+        if request.all:
+            return pb.AbortResponse(aborted=self._client.abort_all())
+        return pb.AbortResponse(aborted=self._client.abort_by_request_id(set(request.request_ids)))
+
+    # ------------------------------------------------------------------ inside
+
+    def _admit(self, request: pb.GenerateRequest, sink: Sink, timeout_us: int, tag: int = 0) -> Live:
+        """Validates and queues a request. Raises ApiError."""
+        self._admission.check_open()
+        ready = self._client.ready
+        if ready is None:
+            raise ApiError("engine_loading", "The engine is loading the model.")
+        validator = Validator(self._identity.models, ready, self._queue_timeout_us)
+        now_us = time.monotonic_ns() // 1000
+        params = validator.to_core(request, self._client.new_id(), now_us, timeout_us)
+        self._admission.check_queue(len(params.prompt))
+        live = Live(params, request.request_id, sink, tag)
+        self._client.submit(live)
+        if request.trace:
+            log.debug("request accepted", extra={"request_id": request.request_id, **_trace(request)})
+        return live
+
+    async def _read_starts(self, requests: AsyncIterator[pb.MultiplexRequest], sink: MultiplexSink) -> None:
+        """Takes in what the caller sends until it closes its side."""
+        try:
+            async for request in requests:
+                self._client.abort([sink.slots.pop(slot) for slot in request.aborts if slot in sink.slots])
+                self._start_all(request, sink)
+            sink.close_input()
+        except asyncio.CancelledError:
+            raise
+        except Exception as error:
+            log.debug("the input of a stream failed", exc_info=error)
+            sink.outgoing.end(ApiError("client_disconnected", "The input of the stream failed."))
+
+    def _start_all(self, request: pb.MultiplexRequest, sink: MultiplexSink) -> None:
+        """Every start of a message, each with a boundary of its own."""
+        accepted: list[int] = []
+        errors: list[pb.SlotError] = []
+        for start in request.starts:
+            try:
+                if start.slot in sink.slots:
+                    # Nobody could tell the two apart: the slot ends.
+                    self._client.abort([sink.slots.pop(start.slot)])
+                    raise ApiError("invalid_value", "The slot is in use.", "slot")
+                sink.slots[start.slot] = self._admit(start.request, sink, start.timeout_us, start.slot)
+                accepted.append(start.slot)
+            except ApiError as error:
+                errors.append(slot_error(start.slot, error))
+            except Exception:
+                log.exception("admitting a request failed")
+                internal = ApiError("internal_error", "An internal error occurred.")
+                errors.append(slot_error(start.slot, internal))
+        sink.answer(accepted, errors)
+
+    def _load(self) -> pb.EngineLoad:
+        totals = self._client.totals
+        load = totals.load
+        queue = self._client.queue()
+        draining = self._admission.draining
+        return pb.EngineLoad(
+            running=load.running,
+            waiting=queue.requests,
+            waiting_tokens=queue.tokens,
+            kv_blocks_used=load.kv_blocks_used,
+            kv_blocks_cached=load.kv_blocks_cached,
+            kv_blocks_total=load.kv_blocks_total,
+            tokens_per_second=totals.token_rate.per_second(),
+            state=pb.SERVING_STATE_DRAINING if draining else _STATES[self._client.state],
+            estimated_wait_us=int(self._admission.estimated_wait_s() * 1e6),
+            steps=load.steps,
+            accepted=totals.accepted,
+            finished=totals.finished,
+            aborted=totals.aborted,
+            failed=totals.failed,
+            num_preemptions=load.num_preemptions,
+            prefix_cache_queries=load.prefix_cache_queries,
+            prefix_cache_hits=load.prefix_cache_hits,
+            prompt_tokens=load.prompt_tokens,
+            generation_tokens=load.generation_tokens,
+            engine_restarts=totals.restarts,
+            rejected=totals.rejected.total(),
+            open_streams=self._client.num_live,
+        )
+
+
+class AdminServicer(engine_pb2_grpc.EngineAdminServicer):
+    """Operations on the engine itself."""
+
+    def __init__(self, client: EngineClient, drain: Drain) -> None:
+        self._client = client
+        self._drain = drain
+
+    async def Drain(self, request: pb.DrainRequest, context: Context) -> pb.DrainResponse:
+        limit_s = request.timeout_us / 1e6 if request.HasField("timeout_us") else None
+        finished, aborted = await self._drain.run(limit_s)
+        return pb.DrainResponse(finished=finished, aborted=aborted)
+
+    async def FlushCache(self, request: pb.FlushCacheRequest, context: Context) -> pb.FlushCacheResponse:
+        return pb.FlushCacheResponse(blocks_freed=await self._client.flush_cache())
+
+    async def LoadAdapter(self, request: Any, context: Context) -> NoReturn:
+        _refuse("LoadAdapter")
+
+    async def UnloadAdapter(self, request: Any, context: Context) -> NoReturn:
+        _refuse("UnloadAdapter")
+
+    async def Sleep(self, request: Any, context: Context) -> NoReturn:
+        _refuse("Sleep")
+
+    async def Wake(self, request: Any, context: Context) -> NoReturn:
+        _refuse("Wake")
+
+
+def _canceller() -> Callable[[], object]:
+    """Wakes the calling handler from outside, even while it waits for a reader that does not read."""
+    task = asyncio.current_task()
+    if task is None:
+        raise RuntimeError("a handler runs in a task")
+    return task.cancel
+
+
+def _time_remaining_us(context: Context) -> int:
+    remaining = context.time_remaining()
+    return 0 if remaining is None else max(1, int(min(remaining, 1e9) * 1e6))
+
+
+def _trace(request: pb.GenerateRequest) -> dict[str, str]:
+    return {key: request.trace[key] for key in ("traceparent", "tracestate") if key in request.trace}
+
+
+def _refuse(name: str) -> NoReturn:
+    raise ApiError("unimplemented", f"{name} is not served by this engine.", name)
