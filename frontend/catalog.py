@@ -1,0 +1,72 @@
+"""Which models are served: engines paired with tokenizers by the tokenizer's fingerprint. Pure data in and
+out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from penstock.protos import engine_pb2, tokenizer_pb2
+
+# Enough of a fingerprint to tell two apart in a log line.
+SHORT = 12
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """What is served under one id. info and tokenizer are as last told; the replicas may be away just now."""
+
+    id: str
+    aliases: tuple[str, ...]
+    info: engine_pb2.EngineInfo
+    tokenizer: tokenizer_pb2.TokenizerInfo
+
+    @property
+    def fingerprint(self) -> str:
+        return self.info.tokenizer_fingerprint
+
+    def served_by(self, engine: engine_pb2.EngineInfo) -> bool:
+        """Whether the engine takes prompts that were encoded for this model."""
+        return engine.model == self.id and engine.tokenizer_fingerprint == self.fingerprint
+
+    def named_by(self, tokenizer: tokenizer_pb2.TokenizerInfo) -> bool:
+        return tokenizer.model == self.id or tokenizer.model in self.aliases
+
+
+@dataclass(frozen=True, slots=True)
+class Mismatch:
+    """A model that cannot be served, since no tokenizer has its engine's fingerprint."""
+
+    model: str
+    engine: str  # fingerprints, shortened
+    tokenizers: tuple[str, ...]
+
+
+def pair(
+    engines: Iterable[engine_pb2.EngineInfo], tokenizers: Iterable[tokenizer_pb2.TokenizerInfo]
+) -> tuple[dict[str, Model], list[Mismatch]]:
+    """Served models by name (ids and aliases), and the refused ones. The first engine that claims a name
+    keeps it; an id wins over an alias. Without any tokenizer nothing is served and nothing is a mismatch."""
+    known = list(tokenizers)
+    found: dict[str, Model] = {}
+    mismatches: list[Mismatch] = []
+    for info in engines:
+        fitting = [item for item in known if item.fingerprint == info.tokenizer_fingerprint]
+        if fitting:
+            # Models may share a tokenizer and differ in templates: then the name decides.
+            named = [item for item in fitting if item.model in (info.model, *info.aliases)]
+            model = Model(info.model, tuple(info.aliases), info, (named or fitting)[0])
+            found.setdefault(model.id, model)
+        elif known:
+            shortened = tuple(sorted({item.fingerprint[:SHORT] for item in known}))
+            mismatches.append(Mismatch(info.model, info.tokenizer_fingerprint[:SHORT], shortened))
+    models = dict(found)
+    for model in found.values():
+        for alias in model.aliases:
+            models.setdefault(alias, model)
+    return models, mismatches
+
+
+def listed(models: Mapping[str, Model]) -> str:
+    """The ids for an error message."""
+    return ", ".join(sorted({model.id for model in models.values()}))
