@@ -1,0 +1,53 @@
+"""What a process must not load: measured in fresh interpreters."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+HEAVY = ("torch", "transformers", "triton", "numpy")
+
+
+def _loaded_by(code: str) -> tuple[set[str], float]:
+    """Top-level modules loaded by the code, and the CPU seconds it took."""
+    script = (
+        "import time, sys, json\nstart = time.process_time()\n"
+        f"{code}\n"
+        "print(json.dumps([sorted({m.split('.')[0] for m in sys.modules}), time.process_time() - start]))"
+    )
+    out = subprocess.run([sys.executable, "-P", "-c", script], capture_output=True, text=True, timeout=60)
+    assert out.returncode == 0, out.stderr
+    modules, seconds = json.loads(out.stdout.strip().splitlines()[-1])
+    return set(modules), seconds
+
+
+@pytest.mark.parametrize(
+    ("module", "forbidden"),
+    [
+        ("penstock.frontend.main", HEAVY),
+        ("penstock.frontend.app", HEAVY),
+        ("penstock.tokenizer_service.main", ("torch", "triton")),
+        ("penstock.engine_service.main", ("torch", "triton", "transformers", "starlette")),
+        ("penstock.local.cli", (*HEAVY, "starlette")),
+        ("penstock.local", HEAVY),
+    ],
+)
+def test_importing_a_service_stays_light(module: str, forbidden: tuple[str, ...]) -> None:
+    loaded, _ = _loaded_by(f"import {module}")
+    assert not loaded & set(forbidden)
+
+
+def test_the_frontend_imports_in_less_than_a_second_of_cpu() -> None:
+    assert min(_loaded_by("import penstock.frontend.main")[1] for _ in range(3)) < 1.0
+
+
+def test_help_takes_less_than_a_second_of_cpu() -> None:
+    code = "import sys\nsys.argv = ['penstock', '--help']\nfrom penstock.local.cli import main\n"
+    code += "import contextlib, io\n"
+    code += "with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):\n    main()"
+    loaded, _ = _loaded_by(code)
+    assert not loaded & set(HEAVY)
+    assert min(_loaded_by(code)[1] for _ in range(3)) < 1.0
