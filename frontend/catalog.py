@@ -23,11 +23,11 @@ class Model:
 
     @property
     def fingerprint(self) -> str:
-        return self.info.tokenizer_fingerprint
+        return self.tokenizer.fingerprint
 
     def served_by(self, engine: engine_pb2.EngineInfo) -> bool:
         """Whether the engine takes prompts that were encoded for this model."""
-        return engine.model == self.id and engine.tokenizer_fingerprint == self.fingerprint
+        return engine.model == self.id and engine.tokenizer_fingerprint == self.info.tokenizer_fingerprint
 
     def named_by(self, tokenizer: tokenizer_pb2.TokenizerInfo) -> bool:
         return tokenizer.model == self.id or tokenizer.model in self.aliases
@@ -51,10 +51,16 @@ def pair(
     found: dict[str, Model] = {}
     mismatches: list[Mismatch] = []
     for info in engines:
-        fitting = [item for item in known if item.fingerprint == info.tokenizer_fingerprint]
+        named = [item for item in known if item.model in (info.model, *info.aliases)]
+        # A folder without tokenizer.json has no fingerprint at the engine: its tokenizer is made from other
+        # files, and only the name pairs the two.
+        if info.tokenizer_fingerprint:
+            fitting = [item for item in known if item.fingerprint == info.tokenizer_fingerprint]
+        else:
+            fitting = named
         if fitting:
             # Models may share a tokenizer and differ in templates: then the name decides.
-            named = [item for item in fitting if item.model in (info.model, *info.aliases)]
+            named = [item for item in named if item in fitting]
             model = Model(info.model, tuple(info.aliases), info, (named or fitting)[0])
             found.setdefault(model.id, model)
         elif known:

@@ -38,14 +38,17 @@ class Vocabularies:
     def get(self, fingerprint: str) -> Vocabulary | None:
         return self._known.get(fingerprint)
 
-    async def load(self, stub: tokenizer_pb2_grpc.TokenizerStub, model: str, fingerprint: str) -> Vocabulary:
+    async def load(
+        self, stub: tokenizer_pb2_grpc.TokenizerStub, info: tokenizer_pb2.TokenizerInfo
+    ) -> Vocabulary:
         """Raises ValueError when the data does not have the fingerprint or is no tokenizer, grpc.RpcError
         when the download fails."""
+        fingerprint = info.fingerprint
         async with self._locks.setdefault(fingerprint, asyncio.Lock()):
             found = self._known.get(fingerprint)
             if found is None:
-                data = await _download(stub, model)
-                found = await asyncio.to_thread(_read, data, fingerprint)
+                data = await _download(stub, info.model)
+                found = await asyncio.to_thread(_read, data, info)
                 self._known[fingerprint] = found
             return found
 
@@ -60,10 +63,10 @@ async def _download(stub: tokenizer_pb2_grpc.TokenizerStub, model: str) -> bytes
     return bytes(data)
 
 
-def _read(data: bytes, fingerprint: str) -> Vocabulary:
-    if hashlib.sha256(data).hexdigest() != fingerprint:
+def _read(data: bytes, info: tokenizer_pb2.TokenizerInfo) -> Vocabulary:
+    if hashlib.sha256(data).hexdigest() != info.fingerprint:
         raise ValueError("the tokenizer's data does not have the fingerprint announced")
-    return Vocabulary.from_buffer(data, fingerprint)
+    return Vocabulary.from_buffer(data, info.fingerprint, info.all_special_ids)
 
 
 class TokenizerConnection(Connection):
@@ -82,7 +85,7 @@ class TokenizerConnection(Connection):
     async def _on_serving(self) -> None:
         info = await self.stub.GetInfo(tokenizer_pb2.GetTokenizerInfoRequest(), timeout=CALL_TIMEOUT_S)
         try:
-            await self._vocabularies.load(self.stub, info.model, info.fingerprint)
+            await self._vocabularies.load(self.stub, info)
         except ValueError as error:
             log.error("tokenizer %s is unusable: %s", self.address, error)
             raise

@@ -21,6 +21,7 @@ log = logging.getLogger("penstock.serving")
 
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 MAX_METADATA_BYTES = 16 * 1024
+SAME_SIGNAL_S = 0.5
 
 # The two halves of the keepalive agreement. A server's default allows one ping in 300 s; a client that pings
 # more often through a long silent prefill is sent away with all its calls (GOAWAY too_many_pings).
@@ -121,6 +122,24 @@ def _unexpected(name: str) -> ApiError:
     return ApiError("internal_error", "An internal error occurred.")
 
 
+class _Health(health.aio.HealthServicer):  # type: ignore[misc]
+    """Watch streams never end by themselves, and would use up every grace: these end with the server."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.closing = asyncio.Event()
+
+    async def Watch(self, request: health_pb2.HealthCheckRequest, context: Any) -> None:
+        watching = asyncio.ensure_future(super().Watch(request, context))
+        closing = asyncio.ensure_future(self.closing.wait())
+        try:
+            await asyncio.wait({watching, closing}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            watching.cancel()
+            closing.cancel()
+            await asyncio.gather(watching, closing, return_exceptions=True)
+
+
 class GrpcService:
     """One aio server with health v1 and reflection. Starts as NOT_SERVING; the owner says when it serves."""
 
@@ -135,7 +154,7 @@ class GrpcService:
         self._server = grpc.aio.server(options=SERVER_OPTIONS, interceptors=[ErrorInterceptor()])
         for add, servicer, _ in services:
             add(servicer, self._server)
-        self._health = health.aio.HealthServicer()
+        self._health = _Health()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection(
             [*self._names, health.SERVICE_NAME, reflection.SERVICE_NAME], self._server
@@ -165,7 +184,9 @@ class GrpcService:
         await self._health.enter_graceful_shutdown()
 
     async def stop(self, grace_s: float) -> None:
-        """Refuses new calls at once, waits for live ones at most grace_s seconds."""
+        """Refuses new calls at once, waits for live ones at most grace_s seconds. Health watchers do
+        not count."""
+        self._health.closing.set()
         await self._server.stop(grace_s)
 
     async def wait(self) -> None:
@@ -173,16 +194,21 @@ class GrpcService:
 
 
 def on_shutdown_signal(callback: Callable[[], None]) -> None:
-    """The first SIGTERM or SIGINT calls back; a second one exits at once with 1."""
+    """The first SIGTERM or SIGINT calls back; a second one exits at once with 1.
+
+    Some senders signal a process and then its group: what comes within SAME_SIGNAL_S is the same signal.
+    """
     loop = asyncio.get_running_loop()
-    seen = False
+    first: float | None = None
 
     def handle() -> None:
-        nonlocal seen
-        if seen:
+        nonlocal first
+        now = loop.time()
+        if first is None:
+            first = now
+            callback()
+        elif now - first > SAME_SIGNAL_S:
             os._exit(1)
-        seen = True
-        callback()
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, handle)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 
 from penstock.frontend.text.token_bytes import Family, TokenBytes
 
@@ -43,10 +43,13 @@ class Vocabulary:
         self._raw: dict[tuple[int, bool], bytes] = {}
 
     @classmethod
-    def from_buffer(cls, data: bytes, fingerprint: str = "") -> Vocabulary:
-        """data: tokenizer.json. Raises ValueError when it cannot be read."""
+    def from_buffer(cls, data: bytes, fingerprint: str = "", special_ids: Sequence[int] = ()) -> Vocabulary:
+        """data: tokenizer.json. special_ids: also special, though only the model's configuration says so.
+        Raises ValueError when the data cannot be read."""
         try:
-            return cls(Tokenizer.from_buffer(data), fingerprint)
+            tokenizer = Tokenizer.from_buffer(data)
+            _mark_special(tokenizer, special_ids)
+            return cls(tokenizer, fingerprint)
         except ValueError:
             raise
         except Exception as error:  # the library raises bare Exception
@@ -89,3 +92,11 @@ class Vocabulary:
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The whole text at once."""
         return self.tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+
+
+def _mark_special(tokenizer: Tokenizer, ids: Sequence[int]) -> None:
+    known = {token_id for token_id, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+    texts = (tokenizer.id_to_token(token_id) for token_id in ids if token_id not in known)
+    new = [AddedToken(text, special=True, normalized=False) for text in texts if text is not None]
+    if new:
+        tokenizer.add_special_tokens(new)

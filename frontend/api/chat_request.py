@@ -1,0 +1,143 @@
+"""The chat request: messages, and what only chat has. Knows no service."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated, Any, ClassVar, Literal
+
+import orjson
+from pydantic import Discriminator, Field, Tag
+
+from penstock.frontend.api.generation_request import (
+    MAX_LOGPROBS,
+    UNSERVED,
+    GenerationRequest,
+    StrictModel,
+    empty,
+    one_of,
+)
+from penstock.frontend.errors import unsupported
+from penstock.protos.errors import ApiError
+
+MAX_MESSAGES = 10_000
+
+
+class ContentPart(StrictModel):
+    type: str = Field(max_length=64)
+    text: str | None = None
+
+
+def _text_or_parts(value: Any) -> str | None:
+    return "~text" if isinstance(value, str) else "~parts" if isinstance(value, list) else None
+
+
+Content = Annotated[
+    Annotated[str, Tag("~text")] | Annotated[list[ContentPart], Tag("~parts")],
+    Discriminator(
+        _text_or_parts,
+        custom_error_type="invalid_type",
+        custom_error_message="must be a string or an array of content parts",
+    ),
+]
+
+
+class Message(StrictModel):
+    role: str = Field(min_length=1, max_length=64)
+    content: Content | None = None
+    name: str | None = None
+    tool_calls: list[dict[str, Any]] | None = None
+    tool_call_id: str | None = None
+
+
+def _text_or_messages(value: Any) -> str | None:
+    return "~text" if isinstance(value, str) else "~messages" if isinstance(value, list) else None
+
+
+Messages = Annotated[
+    Annotated[str, Tag("~text")]
+    | Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES), Tag("~messages")],
+    Discriminator(
+        _text_or_messages,
+        custom_error_type="invalid_type",
+        custom_error_message="must be an array of messages or a string",
+    ),
+]
+
+
+class ChatRequest(GenerationRequest):
+    messages: Messages
+    max_completion_tokens: int | None = Field(None, ge=1, le=2**31 - 1, description="wins over max_tokens")
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    add_special_tokens: bool | None = None
+    documents: list[dict[str, Any]] | None = Field(None, max_length=1024)
+    chat_template: str | None = Field(None, max_length=1 << 20)
+    chat_template_kwargs: dict[str, Any] | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    parallel_tool_calls: bool | None = None
+
+    unserved: ClassVar[dict[str, Callable[[Any], bool]]] = {
+        **UNSERVED,
+        "best_of": lambda value: True,
+        "tools": empty,
+        "tool_choice": one_of("none", "auto"),
+        "functions": empty,
+        "function_call": one_of("none", "auto"),
+        "audio": empty,
+        "modalities": one_of(["text"], []),
+        "web_search_options": lambda value: value is None,
+        "prediction": empty,
+    }
+
+    @property
+    def output_limit(self) -> int | None:
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    @property
+    def alternatives(self) -> int | None:
+        """Alternatives per token, None without log-probabilities."""
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    def check(self) -> None:
+        super().check()
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ApiError(
+                "invalid_value", "'top_logprobs' is only allowed with 'logprobs': true.", "top_logprobs"
+            )
+        if self.continue_final_message and self.add_generation_prompt:
+            raise ApiError(
+                "invalid_value",
+                "'continue_final_message' and 'add_generation_prompt' exclude each other.",
+                "continue_final_message",
+            )
+        if isinstance(self.messages, list):
+            for index, message in enumerate(self.messages):
+                _check_message(message, f"messages[{index}]")
+
+
+def messages_json(raw_messages: Any) -> bytes:
+    """The messages as the renderer takes them: exactly what the client sent, a plain string as a user's."""
+    if isinstance(raw_messages, str):
+        raw_messages = [{"role": "user", "content": raw_messages}]
+    return orjson.dumps(raw_messages)
+
+
+def _check_message(message: Message, name: str) -> None:
+    if message.content is None:
+        if message.role != "assistant":
+            raise ApiError(
+                "missing_required_parameter",
+                f"Missing required parameter: '{name}.content'.",
+                f"{name}.content",
+            )
+        return
+    if isinstance(message.content, str):
+        return
+    for index, part in enumerate(message.content):
+        if part.type != "text":
+            raise unsupported(f"{name}.content[{index}]", "is of a type that this model does not take")
+        if part.text is None:
+            where = f"{name}.content[{index}].text"
+            raise ApiError("missing_required_parameter", f"Missing required parameter: '{where}'.", where)

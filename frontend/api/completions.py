@@ -1,0 +1,47 @@
+"""POST /v1/completions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from penstock.frontend.api.answer import WholeAnswer
+from penstock.frontend.api.completions_frames import CompletionFrames, whole_completion
+from penstock.frontend.api.completions_request import DEFAULT_MAX_TOKENS, CompletionRequest
+from penstock.frontend.api.generate import Plan, answer, make_plan, read_request, timeout_of
+from penstock.frontend.api.identity import Identity
+from penstock.frontend.context import Context
+from penstock.frontend.exchange import Exchange
+from penstock.frontend.prompts import encode_prompts
+
+
+async def completions(exchange: Exchange, context: Context) -> None:
+    request, _ = await read_request(CompletionRequest, exchange, context)
+    plan = await exchange.while_connected(_plan(exchange, context, request))
+
+    def frames(identity: Identity) -> CompletionFrames:
+        return CompletionFrames(identity, len(plan.prompts))
+
+    await answer(exchange, context, plan, "cmpl-", frames, _body)
+
+
+async def _plan(exchange: Exchange, context: Context, request: CompletionRequest) -> Plan:
+    model = context.services.resolve(request.model)
+    tokenizer = context.services.tokenizer_for(model)
+    left = timeout_of(exchange)
+    prompts = await encode_prompts(tokenizer, model, request, exchange.request_id, left)
+    return await make_plan(
+        exchange,
+        context,
+        model,
+        tokenizer,
+        request,
+        prompts,
+        wanted=DEFAULT_MAX_TOKENS if request.output_limit is None else request.output_limit,
+        alternatives=request.alternatives,
+        prompt_param="prompt",
+        stop_token_ids=[],
+    )
+
+
+def _body(identity: Identity, whole: WholeAnswer) -> dict[str, Any]:
+    return whole_completion(identity, whole.choices, whole.accounting.total(), whole.prompt_logprobs)

@@ -1,0 +1,35 @@
+"""GET /v1/models and /v1/models/{id}."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from penstock.frontend.catalog import Model
+from penstock.frontend.context import Context
+from penstock.frontend.exchange import Exchange
+from penstock.protos.errors import ApiError
+
+
+async def list_models(exchange: Exchange, context: Context) -> None:
+    data = [_card(name, model) for name, model in context.services.models.items()]
+    await exchange.respond_json({"object": "list", "data": data})
+
+
+async def retrieve_model(exchange: Exchange, context: Context) -> None:
+    name = exchange.argument
+    model = context.services.models.get(name)
+    if model is None:
+        raise ApiError("model_not_found", f"The model {name[:128]!r} does not exist.", "model")
+    await exchange.respond_json(_card(name, model))
+
+
+def _card(name: str, model: Model) -> dict[str, Any]:
+    return {
+        "id": name,
+        "object": "model",
+        "created": model.info.created_unix_s,
+        "owned_by": "penstock",
+        "root": model.info.root or model.id,
+        "parent": None,
+        "max_model_len": model.info.max_model_len,
+    }

@@ -1,0 +1,108 @@
+"""The frontend's configuration: one frozen object, read at the top of the process only."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any, Literal
+
+from pydantic import Field, field_validator
+
+from penstock.protos.settings import Config
+
+LogLevel = Literal["debug", "info", "warning", "error", "critical"]
+
+# Sampling defaults an operator may override, with their ranges (low, high, low itself allowed).
+OVERRIDABLE: dict[str, tuple[float, float, bool]] = {
+    "temperature": (0.0, 2.0, True),
+    "top_p": (0.0, 1.0, False),
+    "top_k": (-1, 2**31 - 1, True),
+    "min_p": (0.0, 1.0, True),
+    "repetition_penalty": (0.0, 2.0, False),
+    "max_new_tokens": (1, 2**31 - 1, True),
+}
+_INTEGERS = ("top_k", "max_new_tokens")
+
+
+class FrontendConfig(Config):
+    """Settings of one frontend process."""
+
+    host: str = Field("127.0.0.1", description="address to listen on")
+    port: int = Field(8000, ge=0, le=65535, description="port to listen on, 0 for a free one")
+    listen: tuple[str, ...] = Field(
+        (), description="listen addresses such as unix:/run/penstock.sock; replaces host and port"
+    )
+    engine: tuple[str, ...] = Field(
+        (), description="an engine's gRPC target", json_schema_extra={"env": ["PENSTOCK_ENGINES"]}
+    )
+    tokenizer: tuple[str, ...] = Field(
+        (), description="a tokenizer's gRPC target", json_schema_extra={"env": ["PENSTOCK_TOKENIZERS"]}
+    )
+    api_key: tuple[str, ...] = Field(
+        (),
+        description="a key callers must send; none: no key is needed",
+        json_schema_extra={"env": ["VLLM_API_KEY"], "secret": True, "metavar": "KEY"},
+    )
+    api_key_file: str = Field("", description="file with one key a line, read again when it changes")
+    root_path: str = Field("", description="path prefix that a proxy in front leaves on, such as /openai")
+    cors_origins: tuple[str, ...] = Field((), description="origin that browsers may call from, * for all")
+    strict: bool = Field(False, description="refuse unknown request fields instead of ignoring them")
+    strict_length: bool = Field(
+        False, description="refuse prompt + max_tokens beyond the context instead of clamping"
+    )
+    vllm_metrics: bool = Field(False, description="show every metric under its vllm: name too")
+    metrics_source: tuple[str, ...] = Field(
+        (), description="host:port of an engine's metrics to show on /metrics too (one machine only)"
+    )
+    override_generation_config: str = Field(
+        "", description="JSON object of sampling defaults that win over the model's own"
+    )
+    log_level: LogLevel = Field("info", description="level of this service's log")
+    log_format: Literal["text", "json"] = Field("text", description="log line format")
+    uvicorn_log_level: LogLevel = Field("info", description="level of the HTTP server's and access log")
+    drain_seconds: float = Field(45.0, ge=0, description="time that running requests get at shutdown")
+    silence_seconds: float = Field(120.0, gt=0, description="longest silence of an engine that has work")
+    sse_keepalive_seconds: float = Field(
+        15.0, gt=0, description="silence before a comment keeps a stream open"
+    )
+    stream_stall_seconds: float = Field(60.0, gt=0, description="longest time a reader may not read")
+    stream_buffer_bytes: int = Field(1 << 20, ge=4096, description="unsent bytes held for a slow reader")
+    keep_alive_seconds: float = Field(75.0, gt=0, description="life of an idle connection")
+    header_seconds: float = Field(10.0, gt=0, description="time for a request's headers to arrive")
+    body_seconds: float = Field(60.0, gt=0, description="time for a request's body to arrive")
+    max_header_bytes: int = Field(32 * 1024, ge=1024, description="headers of one request")
+    max_headers: int = Field(100, ge=8, description="number of headers of one request")
+    max_body_bytes: int = Field(32 << 20, ge=1024, description="body of one request")
+
+    @field_validator("root_path")
+    @classmethod
+    def _clean_prefix(cls, value: str) -> str:
+        value = value.strip("/")
+        return "/" + value if value else ""
+
+    @field_validator("override_generation_config")
+    @classmethod
+    def _valid_override(cls, value: str) -> str:
+        parse_override(value)
+        return value
+
+
+def parse_override(text: str) -> dict[str, Any]:
+    """The sampling defaults in a JSON object, {} for "". Raises ValueError naming the key at fault."""
+    if not text:
+        return {}
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError("must be a JSON object") from error
+    if not isinstance(values, dict):
+        raise ValueError("must be a JSON object")
+    for name, value in values.items():
+        if name not in OVERRIDABLE:
+            raise ValueError(f"unknown key {name!r}; known: {', '.join(OVERRIDABLE)}")
+        low, high, closed = OVERRIDABLE[name]
+        if isinstance(value, bool) or not isinstance(value, int if name in _INTEGERS else int | float):
+            raise ValueError(f"{name} must be {'an integer' if name in _INTEGERS else 'a number'}")
+        if not (math.isfinite(value) and (low <= value if closed else low < value) and value <= high):
+            raise ValueError(f"{name} is out of range")
+    return values

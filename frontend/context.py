@@ -1,0 +1,70 @@
+"""What all handlers share: the services, the metrics, the limits, and the answers under way."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+from penstock.frontend.metrics import FrontendMetrics
+from penstock.frontend.sse import SseStream, StreamLimits
+from penstock.protos.errors import ApiError
+
+if TYPE_CHECKING:
+    from penstock.frontend.services import Services
+
+log = logging.getLogger("penstock.frontend")
+
+# Ticks per silence that a comment breaks.
+QUIET_TICKS = 15
+
+
+class Answer(Protocol):
+    """A generation under way for one HTTP request."""
+
+    def cut(self, error: ApiError) -> None:
+        """Ends it with an error that the client sees."""
+
+
+@dataclass(slots=True)
+class Context:
+    """State of one frontend process. overrides: the operator's sampling defaults."""
+
+    services: Services
+    metrics: FrontendMetrics
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    strict: bool = False
+    strict_length: bool = False
+    max_body_bytes: int = 32 << 20
+    body_seconds: float = 60.0
+    metrics_sources: tuple[str, ...] = ()
+    stream_limits: StreamLimits = field(default_factory=StreamLimits)
+    draining: bool = False
+    answers: set[Answer] = field(default_factory=set)
+    streams: set[SseStream] = field(default_factory=set)
+
+    def refuse_while_draining(self) -> None:
+        if self.draining:
+            raise shutting_down()
+
+    def cut_answers(self) -> None:
+        """Ends every answer under way with shutting_down."""
+        for answer in list(self.answers):
+            answer.cut(shutting_down())
+
+    async def keep_streams_alive(self, seconds: float) -> None:
+        """One ticker for all streams: a comment after `seconds` of silence. Runs until cancelled."""
+        while True:
+            await asyncio.sleep(seconds / QUIET_TICKS)
+            for stream in list(self.streams):
+                try:
+                    stream.tick()
+                except Exception:
+                    log.exception("a stream could not be kept alive")
+                    stream.abort()
+
+
+def shutting_down() -> ApiError:
+    return ApiError("shutting_down", "The server is shutting down; try again.")

@@ -1,0 +1,113 @@
+"""The frontend process: builds its parts from the config, serves, and drains on a signal."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+import uvloop
+
+from penstock.frontend.app import Application
+from penstock.frontend.auth import KeyRing
+from penstock.frontend.config import FrontendConfig, parse_override
+from penstock.frontend.context import QUIET_TICKS, Context
+from penstock.frontend.http_protocol import HttpLimits
+from penstock.frontend.http_server import HttpServer
+from penstock.frontend.metrics import FrontendMetrics
+from penstock.frontend.services import Services
+from penstock.frontend.sse import StreamLimits
+from penstock.protos import log as logs
+from penstock.protos.serving import on_shutdown_signal
+
+log = logging.getLogger("penstock.frontend")
+
+EXIT_OK, EXIT_RUNTIME, EXIT_CONFIG = 0, 1, 2
+
+
+def run(config: FrontendConfig) -> int:
+    """Serves until a signal; returns the exit code."""
+    logs.setup("frontend", config.log_level, config.log_format)
+    for name in ("uvicorn.error", "penstock.frontend.access"):
+        logging.getLogger(name).setLevel(config.uvicorn_log_level.upper())
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(_serve(config))
+
+
+async def _serve(config: FrontendConfig) -> int:
+    try:
+        frontend = Frontend(config)
+        await frontend.start()
+    except ValueError as error:
+        log.error("%s", error)
+        return EXIT_CONFIG
+    except OSError as error:
+        log.error("cannot start: %s", error.strerror or error)
+        return EXIT_RUNTIME
+    signalled = asyncio.Event()
+    on_shutdown_signal(signalled.set)
+    for url in frontend.urls:
+        log.info("listening on %s", url)
+    await signalled.wait()
+    log.info("draining, for at most %.0f s", config.drain_seconds)
+    await frontend.stop(config.drain_seconds)
+    return EXIT_OK
+
+
+class Frontend:
+    """All parts of one frontend, started and stopped in order."""
+
+    def __init__(self, config: FrontendConfig) -> None:
+        """Raises ValueError for an unusable configuration. Needs a running event loop."""
+        if not config.engine or not config.tokenizer:
+            raise ValueError("a frontend needs at least one --engine and one --tokenizer")
+        try:
+            keys = KeyRing(config.api_key, config.api_key_file)
+        except OSError as error:
+            raise ValueError(f"--api-key-file cannot be read: {error.strerror}") from error
+        self.services = Services(config.engine, config.tokenizer, silence_seconds=config.silence_seconds)
+        self.context = Context(
+            services=self.services,
+            metrics=FrontendMetrics(config.vllm_metrics),
+            overrides=parse_override(config.override_generation_config),
+            strict=config.strict,
+            strict_length=config.strict_length,
+            max_body_bytes=config.max_body_bytes,
+            body_seconds=config.body_seconds,
+            metrics_sources=config.metrics_source,
+            stream_limits=StreamLimits(config.stream_buffer_bytes, config.stream_stall_seconds, QUIET_TICKS),
+        )
+        app = Application(self.context, keys, root_path=config.root_path, cors_origins=config.cors_origins)
+        limits = HttpLimits(
+            config.max_header_bytes, config.max_headers, config.header_seconds, config.body_seconds
+        )
+        self.server = HttpServer(app, limits, config.keep_alive_seconds)
+        self.urls: list[str] = []
+        self._addresses = config.listen or (f"{_bracketed(config.host)}:{config.port}",)
+        self._keepalive_seconds = config.sse_keepalive_seconds
+        self._ticker: asyncio.Task[None] | None = None
+        if self.context.overrides:
+            log.info("sampling defaults set by the operator: %s", dict(self.context.overrides))
+
+    async def start(self) -> None:
+        """Begins to follow the services and to listen; readiness comes with the first model. Raises OSError,
+        ValueError."""
+        await self.services.start()
+        try:
+            self.urls = await self.server.start(self._addresses)
+        except BaseException:
+            await self.services.stop()
+            raise
+        self._ticker = asyncio.create_task(self.context.keep_streams_alive(self._keepalive_seconds))
+
+    async def stop(self, grace_seconds: float) -> None:
+        """Not ready from here on; running requests get grace_seconds, then a shutting_down error."""
+        self.context.draining = True
+        self.services.drain()
+        await self.server.stop(grace_seconds, self.context.cut_answers)
+        if self._ticker is not None:
+            self._ticker.cancel()
+        await self.services.stop()
+
+
+def _bracketed(host: str) -> str:
+    return f"[{host}]" if ":" in host else host

@@ -1,0 +1,204 @@
+"""Server-sent events: frames, and a writer that never makes the dispatcher wait for a slow reader.
+
+Knows bytes and connections; knows neither requests nor what a frame says.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+
+from penstock.frontend.http_protocol import ClientConnection
+from penstock.protos.errors import ApiError
+
+DONE = b"data: [DONE]\n\n"
+KEEP_ALIVE = b": keep-alive\n\n"
+HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+]
+# One hand-over to the transport. It writes all it is given, so pieces bound what waits in its buffer.
+_PIECE_BYTES = 64 * 1024
+
+Send = Callable[[dict[str, Any]], Coroutine[Any, Any, None]]
+
+log = logging.getLogger("penstock.frontend.sse")
+
+
+def frame(value: Any) -> bytes:
+    return b"data: " + orjson.dumps(value) + b"\n\n"
+
+
+def error_frames(error: ApiError) -> bytes:
+    """How a stream that has begun tells of an error; nothing may follow it."""
+    return frame(error.body()) + DONE
+
+
+@dataclass(frozen=True, slots=True)
+class StreamLimits:
+    """buffer_bytes: unsent bytes held for one reader. stall_seconds: longest time without any being taken.
+    quiet_ticks: ticks of silence before a comment is sent."""
+
+    buffer_bytes: int = 1 << 20
+    stall_seconds: float = 60.0
+    quiet_ticks: int = 15
+
+
+class SseStream:
+    """The body of one streaming answer.
+
+    `write` and `finish` return at once. While the connection takes bytes they go to the transport directly;
+    when it does not, the stream is parked: bytes are held, up to a limit, and a task writes them as the
+    reader reads. A reader that stalls, or falls too far behind, loses the connection.
+    """
+
+    __slots__ = (
+        "_connection",
+        "_ended",
+        "_finishing",
+        "_held",
+        "_held_bytes",
+        "_limits",
+        "_parked",
+        "_quiet",
+        "_send",
+        "_task",
+        "stalled",
+    )
+
+    def __init__(self, send: Send, connection: ClientConnection | None, limits: StreamLimits) -> None:
+        """send: the ASGI send, before any message. connection: None when the server does not tell when a send
+        would wait; then all writes go through the task."""
+        self._send = send
+        self._connection = connection
+        self._limits = limits
+        self._held: list[bytes] = []
+        self._held_bytes = 0
+        self._parked = True
+        self._finishing = False
+        self._quiet = 0
+        self.stalled = False  # cut because the reader did not keep up
+        self._task: asyncio.Task[None] | None = None
+        self._ended: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+
+    async def start(self, headers: list[tuple[bytes, bytes]]) -> None:
+        """Sends the status 200, and what was written before."""
+        await self._send({"type": "http.response.start", "status": 200, "headers": [*HEADERS, *headers]})
+        self._quiet = 0
+        if self._ended.done():
+            return
+        if self._connection is None or self._held or self._finishing:
+            self._task = asyncio.create_task(self._unpark())
+        else:
+            self._parked = False
+
+    def write(self, data: bytes) -> None:
+        if self._finishing:
+            return
+        self._quiet = 0
+        if self._parked or self._connection is None or self._connection.write_paused:
+            self._hold(data)
+        else:
+            self._step(data, True)
+
+    def finish(self, data: bytes) -> None:
+        """The last bytes of the body. Later writes are dropped."""
+        if self._finishing:
+            return
+        if self._parked or self._connection is None or self._connection.write_paused:
+            self._hold(data)
+            self._finishing = True
+        else:
+            self._finishing = True
+            self._step(data, False)
+            self._end(True)
+
+    def tick(self) -> None:
+        """Called at a fixed interval: sends a comment after a silence, so that nobody takes us for dead."""
+        self._quiet += 1
+        if self._quiet >= self._limits.quiet_ticks and not self._parked:
+            self.write(KEEP_ALIVE)
+
+    def abort(self) -> None:
+        """Cuts the connection; the client sees an incomplete body, never a clean end."""
+        if self._ended.done():
+            return
+        self._finishing = True
+        self._held.clear()
+        self._held_bytes = 0
+        if self._connection is not None:
+            self._connection.abort()
+        self._end(False)
+
+    async def ended(self) -> bool:
+        """Waits for the end: True when the whole body went to the transport, False after an abort."""
+        return await asyncio.shield(self._ended)
+
+    @property
+    def finishing(self) -> bool:
+        return self._finishing
+
+    def _end(self, whole: bool) -> None:
+        if not self._ended.done():
+            self._ended.set_result(whole)
+
+    def _step(self, data: bytes, more: bool) -> None:
+        """Runs one send to its end without a task: it has nothing to wait for."""
+        sending = self._send({"type": "http.response.body", "body": data, "more_body": more})
+        try:
+            sending.send(None)
+        except StopIteration:
+            return
+        sending.close()
+        self.abort()
+
+    def _hold(self, data: bytes) -> None:
+        unsent = self._connection.unsent_bytes() if self._connection is not None else 0
+        if self._held_bytes + len(data) + unsent > self._limits.buffer_bytes + _PIECE_BYTES:
+            self.stalled = True
+            self.abort()
+            return
+        self._held.append(data)
+        self._held_bytes += len(data)
+        if not self._parked:
+            self._parked = True
+            self._task = asyncio.create_task(self._unpark())
+        elif self._connection is None and self._task is not None and self._task.done():
+            self._task = asyncio.create_task(self._unpark())
+
+    async def _unpark(self) -> None:
+        """Hands on what is held as fast as the reader takes it."""
+        try:
+            while self._held:
+                await self._send_in_time(self._next_piece(), True)
+            if self._finishing:
+                await self._send_in_time(b"", False)
+                self._end(True)
+            elif self._connection is not None:
+                self._parked = False
+        except TimeoutError:
+            self.stalled = True
+            self.abort()
+        except Exception:
+            log.exception("a stream could not be written")
+            self.abort()
+
+    async def _send_in_time(self, piece: bytes, more: bool) -> None:
+        async with asyncio.timeout(self._limits.stall_seconds):
+            await self._send({"type": "http.response.body", "body": piece, "more_body": more})
+
+    def _next_piece(self) -> bytes:
+        size = count = 0
+        while count < len(self._held) and size < _PIECE_BYTES:
+            size += len(self._held[count])
+            count += 1
+        piece = b"".join(self._held[:count])
+        del self._held[:count]
+        self._held_bytes -= size
+        return piece
