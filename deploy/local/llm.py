@@ -1,0 +1,339 @@
+"""Offline batches: the same scheduler, model code and text pipeline as the services, in this process.
+
+No gRPC, no child processes, no HTTP. Not safe for use from several threads at once.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from tqdm import tqdm
+
+from penstock.engine_service.core.build import build
+from penstock.engine_service.core.inbox import Inbox
+from penstock.engine_service.core.loop import EngineLoop
+from penstock.engine_service.core.messages import (
+    AbortRequests,
+    AddRequest,
+    Configure,
+    FromCore,
+    Logprobs,
+    Ready,
+    StepOutput,
+)
+from penstock.local import model_source, offline
+from penstock.local.offline import Collector
+from penstock.local.offline_text import Text
+from penstock.local.outputs import RequestOutput
+from penstock.local.sampling_params import SamplingParams
+
+Prompt = str | Sequence[int] | Mapping[str, Any]
+Message = Mapping[str, Any]
+
+
+class GenerationFailed(RuntimeError):
+    """Some requests failed while they ran. outputs: one entry per prompt, None for those."""
+
+    def __init__(self, message: str, outputs: list[RequestOutput | None]) -> None:
+        super().__init__(message)
+        self.outputs = outputs
+
+
+@dataclass(frozen=True, slots=True)
+class _Encoded:
+    """A prompt as ids; text None when ids were given. stop_ids: of the chat template."""
+
+    text: str | None
+    ids: list[int]
+    stop_ids: tuple[int, ...] = ()
+
+
+class _Outbox:
+    """The loop's outbox as a list."""
+
+    def __init__(self) -> None:
+        self.messages: list[FromCore] = []
+
+    def send(self, message: FromCore) -> None:
+        self.messages.append(message)
+
+    def take(self) -> list[StepOutput]:
+        taken, self.messages = self.messages, []
+        return [message for message in taken if isinstance(message, StepOutput)]
+
+
+class LLM:
+    """A loaded model. Use it as a context manager, or call close() to give its memory back."""
+
+    def __init__(
+        self,
+        model: str | Path | None = None,
+        *,
+        tokenizer: str | Path | None = None,
+        chat_template: str | None = None,
+        dtype: str = "auto",
+        device: str = "auto",
+        load_format: str = "auto",
+        max_model_len: int | None = None,
+        max_num_seqs: int = 256,
+        max_num_batched_tokens: int = 2048,
+        num_kv_blocks: int = 0,
+        kv_cache_memory_bytes: int = 0,
+        gpu_memory_utilization: float = 0.9,
+        enable_prefix_caching: bool = True,
+        threads: int = 0,
+        seed: int = 0,
+    ) -> None:
+        """model: a folder or a hub id; None is the bundled demonstration model. tokenizer: another folder to
+        take the tokenizer from. chat_template: a path, the template itself or the name of a shipped one. 0
+        and None mean: decide from the model and the machine. Raises ModelUnavailable or ModelError, one line,
+        for a model that cannot be had or loaded."""
+        source = model_source.resolve("" if model is None else str(model))
+        own = model_source.resolve(str(tokenizer)).folder if tokenizer is not None else source.folder
+        self.model_id = source.model_id
+        self._text = Text(own, chat_template)
+        configure = Configure(
+            model_path=str(source.folder),
+            dtype=dtype,
+            device=device,
+            load_format=load_format,
+            max_model_len=max_model_len or 0,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            num_kv_blocks=num_kv_blocks,
+            kv_cache_memory_bytes=kv_cache_memory_bytes,
+            gpu_memory_utilization=gpu_memory_utilization,
+            enable_prefix_caching=enable_prefix_caching,
+            threads=threads,
+            seed=seed,
+        )
+        self._inbox = Inbox()
+        self._outbox = _Outbox()
+        self._ids = itertools.count(1)
+        self._ready, self._loop = _load(configure, self._inbox, self._outbox)
+
+    def get_tokenizer(self) -> Any:
+        """The `tokenizers.Tokenizer` in use."""
+        return self._text.tokenizer
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What the model's own generation configuration asks for; used when generate gets none."""
+        own = self._ready.generation_defaults
+        return SamplingParams(
+            temperature=own.temperature,
+            top_p=own.top_p,
+            top_k=own.top_k,
+            min_p=own.min_p,
+            repetition_penalty=own.repetition_penalty,
+        )
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """One output per prompt, in input order. A prompt is a string, a list of token ids, or a mapping with
+        `prompt` or `prompt_token_ids`. Parameters: one for all, or one for each. Raises ValueError before
+        anything runs for a prompt or parameter that cannot be served; GenerationFailed when a request fails
+        while it runs (the others are finished first)."""
+        encoded = [self._encode(prompt) for prompt in _as_prompts(prompts)]
+        return self._run(encoded, sampling_params, use_tqdm)
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[RequestOutput]:
+        """generate for one conversation or a list of them, through the chat template. Raises ValueError also
+        for a model without a template and for messages that it refuses."""
+        talks = [messages] if messages and isinstance(messages[0], Mapping) else messages
+        encoded: list[_Encoded] = []
+        for talk in talks:
+            rendered = self._text.render(
+                talk,  # type: ignore[arg-type]
+                add_generation_prompt=add_generation_prompt and not continue_final_message,
+                continue_final_message=continue_final_message,
+                tools=tools,
+                variables=chat_template_kwargs or {},
+            )
+            encoded.append(_Encoded(rendered.text, rendered.ids, rendered.stop_ids))
+        return self._run(encoded, sampling_params, use_tqdm)
+
+    def close(self) -> None:
+        """Drops the model and its memory; the object cannot be used after it."""
+        self.__dict__.pop("_loop", None)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # ------------------------------------------------------------------------------------------- inside
+
+    def _encode(self, prompt: Prompt) -> _Encoded:
+        given: object = prompt
+        if isinstance(prompt, Mapping):
+            unknown = set(prompt) - {"prompt", "prompt_token_ids"}
+            if unknown:
+                raise ValueError(f"prompt: {sorted(unknown)[0]!r} is not supported by this version")
+            if "prompt_token_ids" in prompt:
+                return _Encoded(prompt.get("prompt"), list(prompt["prompt_token_ids"]))
+            given = prompt.get("prompt")
+        if isinstance(given, str):
+            return _Encoded(given, self._text.encode(given, add_special_tokens=True))
+        if isinstance(given, Mapping) or not isinstance(given, Sequence):
+            raise ValueError("prompt: a string, a list of token ids or a mapping")
+        return _Encoded(None, list(given))
+
+    def _run(
+        self,
+        encoded: list[_Encoded],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        use_tqdm: bool,
+    ) -> list[RequestOutput]:
+        if "_loop" not in self.__dict__:
+            raise RuntimeError("this LLM is closed")
+        params = self._params_for(len(encoded), sampling_params)
+        requests = [
+            offline.core_request(
+                next(self._ids), prompt.ids, own, self._ready, self._text.encode_word, prompt.stop_ids
+            )
+            for prompt, own in zip(encoded, params, strict=True)
+        ]
+        collectors = {
+            request.id: Collector(request, prompt.text, own, self._text.vocabulary)
+            for request, prompt, own in zip(requests, encoded, params, strict=True)
+        }
+        failures = self._drive(requests, collectors, use_tqdm)
+        outputs = [collectors[request.id].output for request in requests]
+        if failures:
+            first = min(failures)
+            index = next(i for i, request in enumerate(requests) if request.id == first)
+            kept = [None if r.id in failures else o for r, o in zip(requests, outputs, strict=True)]
+            raise GenerationFailed(
+                f"{len(failures)} of {len(requests)} requests failed; prompt {index}: {failures[first]}", kept
+            )
+        return outputs
+
+    def _params_for(
+        self, count: int, given: SamplingParams | Sequence[SamplingParams] | None
+    ) -> Sequence[SamplingParams]:
+        if given is None:
+            given = self.get_default_sampling_params()
+        if isinstance(given, SamplingParams):
+            return [given] * count
+        if len(given) != count:
+            raise ValueError(f"sampling_params: {len(given)} for {count} prompts")
+        return given
+
+    def _drive(
+        self, requests: list[AddRequest], collectors: dict[int, Collector], use_tqdm: bool
+    ) -> dict[int, str]:
+        """Runs all requests to their end; message of each failed one by id."""
+        live = dict(collectors)
+        failures: dict[int, str] = {}
+        for request in requests:
+            self._inbox.put(request)
+        bar = tqdm(total=len(requests), desc="prompts", unit="", disable=not use_tqdm, dynamic_ncols=True)
+        tokens = 0
+        try:
+            while live:
+                self._loop.step()
+                for step in self._outbox.take():
+                    tokens += len(step.tokens)
+                    ended = self._apply(step, live, failures)
+                    if ended:
+                        bar.set_postfix_str(
+                            f"{tokens / max(bar.format_dict['elapsed'], 1e-9):.1f} toks/s", False
+                        )
+                        bar.update(ended)
+        finally:
+            bar.close()
+            self._clear(live)
+        return failures
+
+    def _clear(self, live: dict[int, Collector]) -> None:
+        """Nothing stays in the scheduler: neither what an exception cut short, nor a stopped request whose
+        abort the core has not read yet."""
+        left = {*live, *(request.id for request in self._loop.scheduler.live())}
+        if left:
+            self._inbox.put(AbortRequests(list(left)))
+            self._loop.step()
+            self._outbox.take()
+
+    def _apply(self, step: StepOutput, live: dict[int, Collector], failures: dict[int, str]) -> int:
+        """Hands one step's events on; how many requests it ended."""
+        before = len(live)
+        for started in step.started:
+            if started.id in live:
+                live[started.id].on_started(started.usage.cached_tokens, started.prompt_logprobs)
+        for request_id, choice, token, row, is_end in _tokens(step):
+            if request_id in live:
+                live[request_id].on_token(choice, token, row, is_end=is_end)
+        for finish in step.finished:
+            if finish.id in live:
+                live[finish.id].on_finish(finish)
+        for failure in step.failures:
+            if live.pop(failure.id, None) is not None:
+                failures[failure.id] = failure.message
+        touched = {*step.ids, *(finish.id for finish in step.finished)} & live.keys()
+        done = [request_id for request_id in touched if live[request_id].done]
+        # A request that ended by a stop string is still running for the core.
+        stopped = [request_id for request_id in done if self._loop.scheduler.get(request_id) is not None]
+        if stopped:
+            self._inbox.put(AbortRequests(stopped))
+        for request_id in done:
+            del live[request_id]
+        return before - len(live)
+
+
+def _load(configure: Configure, inbox: Inbox, outbox: _Outbox) -> tuple[Ready, EngineLoop]:
+    built = build(configure, lambda done, total: None)
+    ready = built.ready
+    loop = EngineLoop(
+        built.runner,
+        inbox,
+        outbox,
+        num_blocks=ready.kv_blocks,
+        block_size=ready.kv_block_size,
+        max_num_seqs=configure.max_num_seqs,
+        max_num_batched_tokens=configure.max_num_batched_tokens,
+        max_model_len=ready.max_model_len,
+        enable_prefix_caching=configure.enable_prefix_caching,
+    )
+    return ready, loop
+
+
+def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
+    """A single prompt becomes a list of one; a list of numbers is one prompt."""
+    if isinstance(prompts, str | Mapping):
+        return [prompts]
+    if not isinstance(prompts, Sequence):
+        raise ValueError("prompts: a prompt or a list of them")
+    if prompts and isinstance(prompts[0], int):
+        return [prompts]  # type: ignore[list-item]
+    return prompts  # type: ignore[return-value]
+
+
+def _tokens(step: StepOutput) -> Iterator[tuple[int, int, int, Logprobs | None, bool]]:
+    """(request, choice, token, log-probabilities, whether it is the end of sequence) of each token."""
+    ends = {(finish.id, finish.choice) for finish in step.finished if finish.stopped_by_eos}
+    last = {key: index for index, key in enumerate(zip(step.ids, step.choices, strict=True)) if key in ends}
+    for index, (request_id, choice) in enumerate(zip(step.ids, step.choices, strict=True)):
+        is_end = last.get((request_id, choice)) == index
+        yield request_id, choice, step.tokens[index], step.logprobs.get(index), is_end

@@ -1,0 +1,149 @@
+"""How text is generated offline: the parameters by the names users know from other engines, checked at once.
+
+Knows no engine; the translation to the core's own form is in `offline.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+MAX_LOGPROBS = 20
+MAX_N = 128
+MAX_STOP_STRINGS = 16
+MAX_BIASES = 1024
+MAX_BAD_WORDS = 128
+_INT64 = 2**63
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SamplingParams:
+    """Raises ValueError that begins with the parameter's name for a value out of range, and for a feature
+    that is not served: beam search, best_of other than n, structured outputs.
+
+    temperature: [0, 2], 0 is greedy. top_p: (0, 1]. top_k: -1 or 0 for all. min_p: [0, 1]. penalties:
+    presence and frequency [-2, 2], repetition (0, 2]. seed: the same seed gives the same tokens in any batch.
+    max_tokens: per choice, None to the end of the context. min_tokens: bans end-of-sequence and stop tokens
+    until reached. logprobs, prompt_logprobs: alternatives per token, 0..20. truncate_prompt_tokens: keeps
+    the last so many.
+    """
+
+    n: int = 1
+    best_of: int | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    stop: str | Sequence[str] | None = None
+    stop_token_ids: Sequence[int] | None = None
+    bad_words: Sequence[str] | None = None
+    ignore_eos: bool = False
+    max_tokens: int | None = 16
+    min_tokens: int = 0
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    detokenize: bool = True
+    skip_special_tokens: bool = True
+    spaces_between_special_tokens: bool = True
+    include_stop_str_in_output: bool = False
+    truncate_prompt_tokens: int | None = None
+    logit_bias: Mapping[int, float] | None = None
+    allowed_token_ids: Sequence[int] | None = None
+    use_beam_search: bool = False
+    length_penalty: float = 1.0
+    structured_outputs: Any = None
+    guided_decoding: Any = None
+    logits_processors: Any = None
+
+    def __post_init__(self) -> None:
+        self._refuse_what_is_not_served()
+        _whole("n", self.n, 1, MAX_N)
+        _real("temperature", self.temperature, 0, 2)
+        _real("top_p", self.top_p, 0, 1, low_allowed=False)
+        _whole("top_k", self.top_k, -1, 2**31 - 1)
+        _real("min_p", self.min_p, 0, 1)
+        _real("presence_penalty", self.presence_penalty, -2, 2)
+        _real("frequency_penalty", self.frequency_penalty, -2, 2)
+        _real("repetition_penalty", self.repetition_penalty, 0, 2, low_allowed=False)
+        if self.seed is not None:
+            _whole("seed", self.seed, -_INT64, _INT64 - 1)
+        if self.max_tokens is not None:
+            _whole("max_tokens", self.max_tokens, 1, 2**31 - 1)
+        highest = 2**31 - 1 if self.max_tokens is None else self.max_tokens
+        _whole("min_tokens", self.min_tokens, 0, highest)
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(self, name) is not None:
+                _whole(name, getattr(self, name), 0, MAX_LOGPROBS)
+        if self.truncate_prompt_tokens is not None:
+            _whole("truncate_prompt_tokens", self.truncate_prompt_tokens, 1, 2**31 - 1)
+        self._check_lists()
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        if self.stop is None:
+            return ()
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+    def _check_lists(self) -> None:
+        stops = self.stop_strings
+        if any(not isinstance(text, str) or not text for text in stops):
+            raise ValueError("stop: each stop string is a string of at least one character")
+        if len(stops) > MAX_STOP_STRINGS:
+            raise ValueError(f"stop: at most {MAX_STOP_STRINGS} strings")
+        if stops and not self.detokenize:
+            raise ValueError("stop: stop strings need detokenize")
+        words = self.bad_words or ()
+        if isinstance(words, str) or any(not isinstance(word, str) or not word for word in words):
+            raise ValueError("bad_words: a list of strings of at least one character")
+        if len(words) > MAX_BAD_WORDS:
+            raise ValueError(f"bad_words: at most {MAX_BAD_WORDS} strings")
+        for name in ("stop_token_ids", "allowed_token_ids"):
+            if any(not _is_whole(token) or token < 0 for token in getattr(self, name) or ()):
+                raise ValueError(f"{name}: token ids are whole numbers from 0")
+        if self.allowed_token_ids is not None and not self.allowed_token_ids:
+            raise ValueError("allowed_token_ids: at least one id")
+        biases = self.logit_bias or {}
+        if len(biases) > MAX_BIASES:
+            raise ValueError(f"logit_bias: at most {MAX_BIASES} entries")
+        for token, bias in biases.items():
+            if not _is_whole(token) or token < 0:
+                raise ValueError("logit_bias: its keys are token ids")
+            _real("logit_bias", bias, -100, 100)
+
+    def _refuse_what_is_not_served(self) -> None:
+        refused = {
+            "best_of": self.best_of not in (None, self.n),
+            "use_beam_search": bool(self.use_beam_search),
+            "length_penalty": self.length_penalty != 1.0,
+            "structured_outputs": self.structured_outputs is not None,
+            "guided_decoding": self.guided_decoding is not None,
+            "logits_processors": bool(self.logits_processors),
+        }
+        for name, given in refused.items():
+            if given:
+                raise ValueError(f"{name}: not supported by this version")
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _whole(name: str, value: object, low: int, high: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ValueError(f"{name}: must be a whole number")
+    if not low <= value <= high:
+        raise ValueError(f"{name}: must be between {low} and {high}, not {value}")
+
+
+def _real(name: str, value: object, low: float, high: float, *, low_allowed: bool = True) -> None:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+        raise ValueError(f"{name}: must be a finite number")
+    if not (low <= value if low_allowed else low < value) or value > high:
+        bound = "from" if low_allowed else "above"
+        raise ValueError(f"{name}: must be {bound} {low} to {high}, not {value}")
