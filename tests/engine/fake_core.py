@@ -65,6 +65,8 @@ def before_step(plan: StepPlan) -> None:
         os._exit(9)
     if FAIL_STEP in heads:
         raise RuntimeError("the device hiccups")
+    if STUCK in heads:
+        print("stuck", file=sys.stderr, flush=True)
     while STUCK in heads:
         time.sleep(1)
     if THREAD_DIES in heads:

