@@ -7,7 +7,7 @@ import contextlib
 import os
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import msgspec
 
@@ -21,8 +21,25 @@ from penstock.engine_service.core.messages import (
 )
 
 COMMAND = (sys.executable, "-P", "-m", "penstock.engine_service.core.process")
+# Large pages for what malloc maps: packed weights are read some 15 % faster at batch size 1.
+HUGE_PAGES = "glibc.malloc.hugetlb=1"
+# How long an idle OpenMP thread spins before it sleeps (some microseconds). The default is hundreds of times
+# that: with anything else on the cores, as the other services are, a step waits for threads that spin for
+# each other (measured on two busy cores: 14 times the time per token).
+SPIN_COUNT = "1000"
 # A killed child is gone at once; one that hangs in the kernel must not hang the server too.
 _REAP_TIMEOUT_S = 10.0
+
+
+def core_environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """What the core's libraries read before its first line runs; what the operator set stands."""
+    own = dict(environ)
+    tunables = own.get("GLIBC_TUNABLES", "")
+    if "glibc.malloc.hugetlb" not in tunables:
+        own["GLIBC_TUNABLES"] = f"{tunables}:{HUGE_PAGES}" if tunables else HUGE_PAGES
+    if "OMP_WAIT_POLICY" not in own:
+        own.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
+    return own
 
 
 class CoreGone(Exception):
@@ -54,6 +71,7 @@ class CoreProcess:
                 f"--log-level={log_level}",
                 f"--log-format={log_format}",
                 stdin=asyncio.subprocess.DEVNULL,
+                env=core_environment(os.environ),
                 pass_fds=[theirs.fileno()],
             )
         except BaseException:

@@ -30,12 +30,6 @@ log = logging.getLogger("penstock.serve")
 
 # A socket's path has at most 107 bytes.
 MAX_FOLDER_CHARS = 70
-# Large pages for what malloc maps: packed weights are read some 15 % faster at batch size 1.
-HUGE_PAGES = "glibc.malloc.hugetlb=1"
-# How long an idle OpenMP thread spins before it sleeps (some microseconds). The default is hundreds of times
-# that: with anything else on the cores, as the other services are, a step waits for threads that spin for
-# each other (measured on two busy cores: 14 times the time per token).
-SPIN_COUNT = "1000"
 
 
 def run(plan: ServePlan) -> int:
@@ -130,12 +124,7 @@ def _backend_spec(
     service: str, model: ModelPlan, values: dict[str, Any], environment: dict[str, str]
 ) -> ChildSpec:
     loaded: Loaded[Any] = model.engine if service == "engine" else model.tokenizer
-    own = dict(environment)
-    if service == "engine":
-        own["GLIBC_TUNABLES"] = _with_huge_pages(environment.get("GLIBC_TUNABLES", ""))
-        if "OMP_WAIT_POLICY" not in own:
-            own.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
-    return _spec(service, f"{service} of {model.ids[0]}", loaded, values, own)
+    return _spec(service, f"{service} of {model.ids[0]}", loaded, values, environment)
 
 
 def _spec(
@@ -155,12 +144,6 @@ def child_environment(environ: Mapping[str, str]) -> dict[str, str]:
         for key, value in environ.items()
         if key not in known and not key.startswith(settings.PREFIX)
     }
-
-
-def _with_huge_pages(tunables: str) -> str:
-    if "glibc.malloc.hugetlb" in tunables:
-        return tunables
-    return f"{tunables}:{HUGE_PAGES}" if tunables else HUGE_PAGES
 
 
 def _private_folder() -> Path:

@@ -12,6 +12,7 @@ import pytest
 
 from penstock.frontend.config import FrontendConfig
 from penstock.frontend.main import Frontend
+from penstock.protos.serving import SAME_SIGNAL_S
 from penstock.protos.settings import ConfigError, load
 
 RUN = """
@@ -118,6 +119,9 @@ async def test_a_second_signal_ends_it_at_once(served: Any, tools: Any) -> None:
         while True:
             (await ask(port, b""))[1].close()
             await asyncio.sleep(0.01)
+    process.send_signal(signal.SIGTERM)  # at once: taken for the same one
+    await asyncio.sleep(SAME_SIGNAL_S + 0.1)
+    assert process.returncode is None
     process.send_signal(signal.SIGTERM)
     async with asyncio.timeout(10):
         assert await process.wait() == 1

@@ -111,9 +111,7 @@ async def test_it_serves_drains_and_leaves_nothing_behind(chat_folder: Path, tmp
             process.send_signal(signal.SIGTERM)
             assert (await long).encodings[0].ids
             assert await asyncio.wait_for(process.wait(), 30) == 0
-            assert isinstance(
-                (await asyncio.gather(watcher, return_exceptions=True))[0], grpc.aio.AioRpcError
-            )
+            await asyncio.wait_for(watcher, 10)  # a watcher's stream ends with the server, without an error
     finally:
         if process.returncode is None:
             process.kill()
