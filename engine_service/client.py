@@ -23,6 +23,7 @@ from penstock.engine_service.core.messages import (
     AddRequest,
     CacheFlushed,
     Configure,
+    Failure,
     Finish,
     FlushCache,
     FromCore,
@@ -231,40 +232,66 @@ class EngineClient:
                     answer.set_result(message.blocks_freed)
 
     def _deal(self, step: StepOutput) -> None:
-        """One pass over a step message; each sink that had a part in it gets one end_step."""
+        """One pass over a step message; each sink that had a part in it gets one end_step. What fails for one
+        request ends that request alone."""
         self._update_load(step.load)
         touched: dict[Sink, None] = {}
         live_of = self._live.get
         for started in step.started:
             if live := live_of(started.id):
-                live.started = True
-                live.usage = started.usage
-                self.totals.started += 1
                 touched[live.sink] = None
-                live.sink.on_started(live, started)
+                try:
+                    self._start(live, started)
+                except Exception:
+                    self._end_broken(live)
         rows = step.logprobs
         for index, number in enumerate(step.ids):
             if live := live_of(number):
                 touched[live.sink] = None
-                live.sink.on_token(
-                    live,
-                    step.choices[index],
-                    step.tokens[index],
-                    step.completion_tokens[index],
-                    rows.get(index) if rows else None,
-                )
+                try:
+                    live.sink.on_token(
+                        live,
+                        step.choices[index],
+                        step.tokens[index],
+                        step.completion_tokens[index],
+                        rows.get(index) if rows else None,
+                    )
+                except Exception:
+                    self._end_broken(live)
         for finish in step.finished:
             if live := live_of(finish.id):
                 touched[live.sink] = None
-                self._finish(live, finish)
+                try:
+                    self._finish(live, finish)
+                except Exception:
+                    self._end_broken(live)
         for failure in step.failures:
             if live := live_of(failure.id):
                 live.usage = failure.usage
-                error = from_parts(failure.reason, failure.message, failure.param, failure.retry_after_s)
                 touched[live.sink] = None
-                self._end_with(live, error)
+                try:
+                    self._end_with(live, _error_of(failure))
+                except Exception:
+                    self._end_broken(live)
         for sink in touched:
-            sink.end_step(step.load.steps)
+            try:
+                sink.end_step(step.load.steps)
+            except Exception:
+                log.exception("a stream could not take its step")
+
+    def _start(self, live: Live, started: Started) -> None:
+        live.started = True
+        live.usage = started.usage
+        self.totals.started += 1
+        live.sink.on_started(live, started)
+
+    def _end_broken(self, live: Live) -> None:
+        log.exception("request %d could not be answered", live.id)
+        self.keeper.send(AbortRequests([live.id]))
+        try:
+            self._end_with(live, ApiError("internal_error", "An internal error occurred."))
+        except Exception:
+            log.exception("request %d could not be told", live.id)
 
     def _update_load(self, load: Load) -> None:
         self.totals.update(load)
@@ -365,3 +392,7 @@ class EngineClient:
 
 def _lost() -> ApiError:
     return ApiError("engine_lost", "The engine was lost while it served the request.")
+
+
+def _error_of(failure: Failure) -> ApiError:
+    return from_parts(failure.reason, failure.message, failure.param, failure.retry_after_s)

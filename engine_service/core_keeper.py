@@ -91,8 +91,10 @@ class CoreKeeper:
         return self._serial
 
     def close(self) -> None:
-        """Asks the core to end; `run` then returns."""
+        """Asks the core to end; `run` then returns. One that still loads would not listen: it is killed."""
         self.closing = True
+        if self._core is not None and self.state is not State.READY:
+            self._core.kill()
         self.send(Shutdown())
 
     async def run(self) -> None:

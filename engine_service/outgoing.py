@@ -44,7 +44,8 @@ class Outgoing(Generic[M]):
         self._overflow: ApiError | None = None
 
     def put(self, message: M) -> None:
-        """A single message may be of any size; what counts is what was unread before it."""
+        """A single message may be of any size, and counts for half the limit at most: two large ones in a row
+        (the scores of long prompts) say nothing about the reader."""
         if self._ended:
             return
         now = time.monotonic()
@@ -54,7 +55,7 @@ class Outgoing(Generic[M]):
             self.end(self._overflow)
             self._on_overflow()
             return
-        size = message.ByteSize()
+        size = min(message.ByteSize(), self._max_bytes // 2)
         self._unread.append((message, size, now))
         self._bytes += size
         self._changed.set()

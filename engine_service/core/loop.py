@@ -138,6 +138,8 @@ class EngineLoop:
             return
         if tell:
             report.add_aborted(request, monotonic_us())
+        else:
+            report.count_silent_end()
         self.scheduler.remove(request)
         self._postprocessor.forget(request)
         self.counters.aborted += 1

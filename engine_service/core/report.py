@@ -56,10 +56,15 @@ class StepReport:
         self._started: list[Started] = []
         self._finished: list[Finish] = []
         self._failures: list[Failure] = []
+        self._silent_ends = 0
 
     @property
     def empty(self) -> bool:
-        return not (self._ids or self._started or self._finished or self._failures)
+        return not (self._ids or self._started or self._finished or self._failures or self._silent_ends)
+
+    def count_silent_end(self) -> None:
+        """A request ended without an event; the message is still owed, for the load that it carries."""
+        self._silent_ends += 1
 
     def add_started(self, request: Request, prompt_logprobs: Logprobs | None) -> None:
         params = request.params

@@ -115,8 +115,9 @@ class Scheduler:
         """Removes the requests that have run out of time, with the error of each."""
         late: list[Casualty] = []
         for request_id, queue in self._deadlines.passed(now_us):
-            request = self._requests[request_id]
-            if queue and request.sequences[0].first_scheduled_us:
+            request = self._requests.get(request_id)
+            # Both of its deadlines may have passed at once: the first one ended it.
+            if request is None or (queue and request.sequences[0].first_scheduled_us):
                 continue
             reason = "queue_timeout" if queue else "timeout"
             text = (

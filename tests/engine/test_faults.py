@@ -339,6 +339,19 @@ async def test_term_drains_and_exits_with_0(tmp_path: Path) -> None:
         await channel.close()
 
 
+def test_term_while_the_model_loads_ends_at_once(tmp_path: Path) -> None:
+    server = serve(tmp_path / "gated", f"unix:{tmp_path}/s")
+    try:
+        for line in server.stderr or ():
+            if b"listening" in line:
+                break
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(PATIENCE_S) == 0
+    finally:
+        server.kill()
+        server.communicate(timeout=PATIENCE_S)
+
+
 def test_taken_address_is_a_plain_error(tmp_path: Path) -> None:
     taken = socket.create_server(("127.0.0.1", 0))
     try:

@@ -122,6 +122,34 @@ def test_abort_with_and_without_report() -> None:
     assert harness.loop.counters.aborted == 2
 
 
+def test_a_silent_abort_still_reports_the_load() -> None:
+    """Admission counts on it: stale numbers would refuse the next caller."""
+    harness = Harness()
+    harness.put(AddRequest(id=1, prompt=PROMPT, max_new_tokens=50))
+    harness.steps(3)
+    sent = len(harness.sent)
+    harness.put(AbortRequests([1]))
+    harness.steps(1)
+    assert len(harness.sent) == sent + 1
+    assert (harness.sent[-1].load.running, harness.sent[-1].load.aborted) == (0, 1)
+
+
+def test_both_deadlines_at_once_end_one_request_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [1_000]
+    monkeypatch.setattr(loop_module, "monotonic_us", lambda: clock[0])
+    harness = Harness(max_num_seqs=1)
+    harness.put(
+        AddRequest(id=1, prompt=PROMPT, max_new_tokens=20),
+        AddRequest(id=2, prompt=PROMPT, max_new_tokens=1, queue_deadline_us=2_000, deadline_us=2_001),
+    )
+    harness.steps(2)
+    clock[0] = 3_000
+    harness.run()
+    harness.check_idle()
+    assert [failure.reason for failure in harness.said[2].failures] == ["queue_timeout"]
+    assert harness.said[1].over
+
+
 def test_deadlines_of_the_queue_and_of_the_request(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [1_000]
     monkeypatch.setattr(loop_module, "monotonic_us", lambda: clock[0])

@@ -220,6 +220,16 @@ async def test_outgoing_is_bounded_in_bytes_and_keeps_order() -> None:
     assert overflows == [True]
 
 
+async def test_two_large_messages_in_a_row_are_no_sign_of_a_slow_reader() -> None:
+    overflows: list[bool] = []
+    buffer: Outgoing[_Blob] = Outgoing(lambda: overflows.append(True), max_bytes=100)
+    for size in (5000, 5000, 10):
+        buffer.put(_Blob(size))
+    assert not overflows
+    buffer.put(_Blob(10))
+    assert overflows
+
+
 async def test_outgoing_is_bounded_in_time() -> None:
     overflows: list[bool] = []
     buffer: Outgoing[_Blob] = Outgoing(lambda: overflows.append(True), max_seconds=-1.0)
