@@ -50,7 +50,10 @@ class Dispatcher:
         live = self.live
         for slot in events.accepted:
             if (receiver := live.get(slot)) is not None:
-                receiver.on_accepted()
+                try:
+                    receiver.on_accepted()
+                except Exception:
+                    receiver.crash()
         for started in events.started:
             if (receiver := live.get(started.slot)) is not None:
                 try:
@@ -66,14 +69,14 @@ class Dispatcher:
                     receiver.crash()
         for error in events.errors:
             if (receiver := live.pop(error.slot, None)) is not None:
-                receiver.on_refused(_api_error(error), retryable=error.grpc_code == _UNAVAILABLE)
+                _refuse(receiver, _api_error(error), retryable=error.grpc_code == _UNAVAILABLE)
 
     def fail_all(self, error: ApiError, *, retryable: bool) -> None:
         """Ends every live request, or lets it move to another engine."""
         receivers = list(self.live.values())
         self.live.clear()
         for receiver in receivers:
-            receiver.on_refused(error, retryable=retryable)
+            _refuse(receiver, error, retryable=retryable)
 
     def _tokens(self, events: engine_pb2.MultiplexEvents) -> None:
         slots = list(events.token_slots)
@@ -145,6 +148,13 @@ def _slots_needing_care(events: engine_pb2.MultiplexEvents, slots: list[int]) ->
         for slot in slots:
             (careful if slot in seen else seen).add(slot)
     return careful
+
+
+def _refuse(receiver: Receiver, error: ApiError, *, retryable: bool) -> None:
+    try:
+        receiver.on_refused(error, retryable=retryable)
+    except Exception:
+        receiver.crash()
 
 
 def _api_error(error: engine_pb2.SlotError) -> ApiError:

@@ -19,6 +19,9 @@ _MAX_PARAM_CHARS = 200
 TAG_PREFIX = "~"
 _PRINTABLE = re.compile(r"[^\x20-\x7e]")
 
+# Fields of the engine's contract that have another name in the API.
+_API_NAMES = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens", "salt": "cache_salt"}
+
 _TYPE_NAMES = {
     "int_type": "an integer",
     "int_from_float": "an integer",
@@ -88,6 +91,14 @@ def _sentence(kind: str, found: ErrorDetails) -> str:
         case "value_error":
             return str(context["error"])
     return printable(found["msg"], 500).rstrip(".")
+
+
+def in_api_names(error: ApiError, prompt_param: str) -> ApiError:
+    """The engine's error, its param as callers know it. prompt_param: the endpoint's name of the prompt."""
+    if error.param is not None:
+        name = error.param.rpartition(".")[2]
+        error.param = prompt_param if name in ("prompt", "prompt_ids") else _API_NAMES.get(name, name)
+    return error
 
 
 def wrong_type(name: str, expected: str) -> ApiError:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 from penstock.frontend.catalog import Mismatch, Model, listed, pair
-from penstock.frontend.connection import State
+from penstock.frontend.connection import CALL_TIMEOUT_S, State
 from penstock.frontend.engines import EngineConnection
 from penstock.frontend.routing import RetryBudget, choose, prompt_key
 from penstock.frontend.targets import AddressBook
@@ -250,7 +250,7 @@ class Services:
         tokenizer.open()
 
     def _remove_tokenizer(self, address: str) -> None:
-        self._later(self._tokenizers.pop(address).close())
+        self._later(self._close_after_calls(self._tokenizers.pop(address)))
         self._notify()
 
     async def _close_when_idle(self, engine: EngineConnection) -> None:
@@ -259,6 +259,13 @@ class Services:
                 await asyncio.sleep(_IDLE_CHECK_S)
         finally:
             await engine.close()
+
+    async def _close_after_calls(self, tokenizer: TokenizerConnection) -> None:
+        """No new request gets it; a call that has begun ends within the longest time calls have."""
+        try:
+            await asyncio.sleep(max(CALL_TIMEOUT_S, self._tokenizer_timeout_s))
+        finally:
+            await tokenizer.close()
 
     def _later(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)

@@ -140,10 +140,6 @@ class SseStream:
         """Waits for the end: True when the whole body went to the transport, False after an abort."""
         return await asyncio.shield(self._ended)
 
-    @property
-    def finishing(self) -> bool:
-        return self._finishing
-
     def _end(self, whole: bool) -> None:
         if not self._ended.done():
             self._ended.set_result(whole)

@@ -142,8 +142,20 @@ class ModelTokenizer:
             except grpc.RpcError as error:
                 if error.code() is not grpc.StatusCode.UNAVAILABLE:
                     raise _api_error(error) from None
-                log.warning("tokenizer %s is unavailable", replica.address)
+            except grpc.aio.UsageError:  # the channel was closed before the call
+                pass
+            except asyncio.CancelledError:
+                if _is_being_cancelled():
+                    raise
+            log.warning("tokenizer %s is unavailable", replica.address)
         raise unavailable
+
+
+def _is_being_cancelled() -> bool:
+    """Whether somebody cancelled this task. gRPC raises CancelledError too, in calls of a channel that is
+    closed meanwhile."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
 
 
 def _api_error(error: grpc.RpcError) -> ApiError:

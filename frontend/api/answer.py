@@ -39,11 +39,12 @@ class Frames(Protocol):
 class _PromptListener:
     """Routes one engine request's events to the answer it belongs to."""
 
-    __slots__ = ("_answer", "_prompt")
+    __slots__ = ("_answer", "_num_running", "_prompt")
 
-    def __init__(self, answer: _Answer, prompt: int) -> None:
+    def __init__(self, answer: _Answer, prompt: int, n: int) -> None:
         self._answer = answer
         self._prompt = prompt
+        self._num_running = n
 
     def on_started(self, usage: Usage, prompt_logprobs: PromptLogprobs) -> None:
         try:
@@ -56,6 +57,10 @@ class _PromptListener:
             self._answer.delta(self._prompt, delta)
         except Exception:
             self._answer.broken()
+        if delta.finish_reason is not None:
+            self._num_running -= 1
+            if not self._num_running:
+                self._answer.ended.release()
 
     def on_error(self, error: ApiError, usage: Usage) -> None:
         self._answer.failed(self._prompt, error, usage)
@@ -64,8 +69,10 @@ class _PromptListener:
 class _Answer:
     def __init__(self, accounting: Accounting, num_prompts: int, n: int) -> None:
         self.accounting = accounting
-        self.listeners = [_PromptListener(self, prompt) for prompt in range(num_prompts)]
-        self.handles: list[Handle] = []
+        self.listeners = [_PromptListener(self, prompt, n) for prompt in range(num_prompts)]
+        self.handles: list[Handle] = []  # of the first prompts: they start in order
+        # Released when an engine request ends, so that the next may start, and when the answer is cut.
+        self.ended = asyncio.Semaphore(0)
         self.finished = ""  # how it ended, for the record
         self.error: ApiError | None = None
         self._n = n
@@ -91,6 +98,7 @@ class _Answer:
             return
         self.finished, self.error = "error", error
         self.abort_engines()
+        self.ended.release()
         self.fail(error)
 
     def broken(self) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import orjson
 from pydantic import ValidationError
 
 from penstock.frontend.accounting import Accounting
@@ -24,9 +25,9 @@ from penstock.frontend.effective import (
     choose_sampling,
     output_limit,
 )
-from penstock.frontend.errors import printable, unsupported, validation_error
+from penstock.frontend.errors import in_api_names, printable, unsupported, validation_error
 from penstock.frontend.exchange import Exchange
-from penstock.frontend.generation import TextOptions, submit
+from penstock.frontend.generation import Handle, TextOptions, submit
 from penstock.frontend.prompts import encode_bad_words
 from penstock.frontend.tokenizer_client import ModelTokenizer
 from penstock.protos import engine_pb2, log
@@ -34,6 +35,10 @@ from penstock.protos.errors import ApiError
 
 _MAX_TIMEOUT_S = 24 * 3600.0
 MAX_TOTAL_CHOICES = 4096
+# Log-probabilities of prompt tokens in one answer: some 50 bytes each.
+MAX_PROMPT_LOGPROBS = 200_000
+# Engine requests of one HTTP request at a time: a long list of prompts must not fill the engine's queue.
+MAX_IN_FLIGHT = 64
 R = TypeVar("R", bound=GenerationRequest)
 Body = Callable[[Identity, WholeAnswer], dict[str, Any]]
 
@@ -49,6 +54,7 @@ class Plan:
     options: TextOptions
     effective: Chosen
     timeout_s: float | None
+    prompt_param: str  # the endpoint's field that the prompts came from
 
     @property
     def n(self) -> int:
@@ -128,6 +134,7 @@ async def make_plan(
         raise ApiError(
             "invalid_value", f"'n' times the number of prompts must be at most {MAX_TOTAL_CHOICES}.", "n"
         )
+    _check_prompt_logprobs(request, prompts)
     sampling, chosen = choose_sampling(request, context.overrides, model.info.generation_defaults)
     if request.bad_words:
         sampling.bad_words.extend(
@@ -150,7 +157,21 @@ async def make_plan(
         logprobs=alternatives,
         keep_token_ids=bool(request.return_token_ids),
     )
-    return Plan(model, request, prompts, engine_requests, options, chosen, timeout_s)
+    return Plan(model, request, prompts, engine_requests, options, chosen, timeout_s, prompt_param)
+
+
+def _check_prompt_logprobs(request: GenerationRequest, prompts: list[list[int]]) -> None:
+    if request.prompt_logprobs is None:
+        return
+    tokens = sum(len(ids) for ids in prompts) * (request.n or 1)
+    count = tokens * (request.prompt_logprobs + 1)
+    if count > MAX_PROMPT_LOGPROBS:
+        raise ApiError(
+            "invalid_value",
+            f"'prompt_logprobs' would make {count} log-probabilities (prompt tokens x (prompt_logprobs + 1)"
+            f" x n); at most {MAX_PROMPT_LOGPROBS} are allowed.",
+            "prompt_logprobs",
+        )
 
 
 def _engine_request(
@@ -224,11 +245,15 @@ async def _answer_whole(
     finally:
         context.answers.discard(whole)
         whole.close()
-    await exchange.respond_json(body(identity, whole))
+    if plan.request.prompt_logprobs is None:
+        await exchange.respond_json(body(identity, whole))
+    else:  # megabytes, whose making would hold up every stream
+        await exchange.respond(200, await asyncio.to_thread(lambda: orjson.dumps(body(identity, whole))))
 
 
 async def _run(exchange: Exchange, context: Context, plan: Plan, whole: WholeAnswer) -> None:
     await _start(exchange, context, plan, whole)
+    await _start_rest(exchange, context, plan, whole)
     # Bounded by the request's deadline, by the engine's silence limit, and by the output limit.
     await whole.done
 
@@ -252,7 +277,12 @@ async def _answer_stream(
     try:
         await exchange.while_connected(_start(exchange, context, plan, streamed))
         await exchange.start_stream(stream)
-        await exchange.disconnected()
+        rest = asyncio.create_task(_start_rest(exchange, context, plan, streamed))
+        try:
+            await exchange.disconnected()
+        finally:
+            rest.cancel()
+            await asyncio.gather(rest, return_exceptions=True)
     except ApiError as error:
         _note(streamed, error)
         raise
@@ -267,15 +297,12 @@ async def _answer_stream(
 async def _start(
     exchange: Exchange, context: Context, plan: Plan, listening: StreamAnswer | WholeAnswer
 ) -> None:
-    """Returns when every engine request is admitted. Raises the first refusal."""
-    for request, listener in zip(plan.engine_requests, listening.listeners, strict=True):
-        timeout_s = remaining(exchange, plan.timeout_s)
-        handle = await submit(
-            context.services, plan.model, request, plan.options, listener, timeout_s=timeout_s
-        )
-        listening.handles.append(handle)
+    """Returns when the first engine requests, MAX_IN_FLIGHT at most, are admitted. Raises the first
+    refusal."""
+    for prompt in range(min(len(plan.prompts), MAX_IN_FLIGHT)):
+        await _submit(exchange, context, plan, listening, prompt)
     async with asyncio.TaskGroup() as group:
-        waits = [group.create_task(_admitted(handle)) for handle in listening.handles]
+        waits = [group.create_task(_refusal(handle, plan)) for handle in listening.handles]
     if listening.error is not None:  # one that was admitted has already failed, or the server shuts down
         raise listening.error
     for wait in waits:
@@ -284,11 +311,52 @@ async def _start(
             raise error
 
 
-async def _admitted(handle: Any) -> ApiError | None:
+async def _start_rest(
+    exchange: Exchange, context: Context, plan: Plan, listening: StreamAnswer | WholeAnswer
+) -> None:
+    """Starts each later engine request when an earlier one ends. What goes wrong ends the answer."""
+    async with asyncio.TaskGroup() as admissions:
+        for prompt in range(MAX_IN_FLIGHT, len(plan.prompts)):
+            await listening.ended.acquire()  # bounded as those in flight are, see _run
+            if listening.finished:
+                return
+            try:
+                handle = await _submit(exchange, context, plan, listening, prompt)
+            except ApiError as error:
+                listening.cut(error)
+                return
+            except Exception:
+                listening.broken()
+                return
+            admissions.create_task(_cut_if_refused(handle, plan, listening))
+
+
+async def _submit(
+    exchange: Exchange, context: Context, plan: Plan, listening: StreamAnswer | WholeAnswer, prompt: int
+) -> Handle:
+    handle = await submit(
+        context.services,
+        plan.model,
+        plan.engine_requests[prompt],
+        plan.options,
+        listening.listeners[prompt],
+        timeout_s=remaining(exchange, plan.timeout_s),
+    )
+    listening.handles.append(handle)
+    return handle
+
+
+async def _cut_if_refused(handle: Handle, plan: Plan, listening: StreamAnswer | WholeAnswer) -> None:
+    error = await _refusal(handle, plan)
+    if error is not None:
+        listening.cut(error)
+
+
+async def _refusal(handle: Handle, plan: Plan) -> ApiError | None:
     try:
         await handle.admitted()
     except ApiError as error:
-        return error
+        return in_api_names(error, plan.prompt_param)
     return None
 
 

@@ -28,7 +28,7 @@ def check(answer: Any, reason: str, status: int, param: str | None = None) -> di
 
 async def test_refusals_of_the_engine_come_before_the_200(served: Any, fakes: Any) -> None:
     def script(request: Any) -> Any:
-        return fakes.Script([[]], refuse=ApiError(reason, "no", "some.param"))
+        return fakes.Script([[]], refuse=ApiError(reason, "no", "some_param"))
 
     served.engine.script = script
     for reason in ROWS:
@@ -36,7 +36,7 @@ async def test_refusals_of_the_engine_come_before_the_200(served: Any, fakes: An
         for stream in (False, True):
             answer = await served.chat(stream=stream)
             code = "unsupported_parameter" if reason == "unimplemented" else reason
-            check(answer, code, kind.http_status, "some.param")
+            check(answer, code, kind.http_status, "some_param")
             assert ("retry-after" in answer.headers) == (kind.retry_after_s > 0)
             if kind.http_status in (429, 503):
                 assert int(answer.headers["retry-after"]) >= 1

@@ -126,10 +126,11 @@ def test_an_error_frees_the_slot_and_says_whether_a_retry_may_help() -> None:
     assert dispatcher.live == {}
 
 
-@pytest.mark.parametrize("where", ["on_started", "on_token", "on_tokens", "on_finished"])
+@pytest.mark.parametrize("where", ["on_accepted", "on_started", "on_token", "on_tokens", "on_finished"])
 def test_what_a_receiver_raises_stays_its_own(where: str) -> None:
     bad, good = Spy(where == "on_tokens", raises=where.removeprefix("on_")), Spy()
     events = engine_pb2.MultiplexEvents(
+        accepted=[1, 2],
         token_slots=[1, 2],
         token_ids=[10, 20],
         token_logprobs=[-1, math.nan],
@@ -140,7 +141,20 @@ def test_what_a_receiver_raises_stays_its_own(where: str) -> None:
     )
     dispatcher_of(s1=bad, s2=good).dispatch(events)
     assert ("crash",) in bad.calls
-    assert good.calls == [("started", 0), ("token", 0, 20), ("finished", 0)]
+    assert good.calls == [("accepted",), ("started", 0), ("token", 0, 20), ("finished", 0)]
+
+
+@pytest.mark.parametrize("all_at_once", [False, True])
+def test_a_receiver_that_cannot_be_refused_harms_no_other(all_at_once: bool) -> None:
+    bad, good = Spy(raises="refused"), Spy()
+    dispatcher = dispatcher_of(s1=bad, s2=good)
+    if all_at_once:
+        dispatcher.fail_all(ApiError("engine_lost", "lost"), retryable=True)
+    else:
+        errors = [engine_pb2.SlotError(slot=slot, reason="INTERNAL_ERROR") for slot in (1, 2)]
+        dispatcher.dispatch(engine_pb2.MultiplexEvents(errors=errors))
+    assert [call[0] for call in bad.calls] == ["refused", "crash"]
+    assert [call[0] for call in good.calls] == ["refused"]
 
 
 def test_a_receiver_may_leave_or_end_others_during_a_step() -> None:

@@ -427,6 +427,67 @@ class TestTokenizers:
             await clients[0].encode(tokenizer_pb2.EncodeRequest(texts=["Hello"]))
         assert raised.value.reason == "engine_unavailable"
 
+    async def test_one_that_leaves_answers_the_calls_it_has(
+        self, start_engine: Any, start_tokenizer: Any, start_services: Any
+    ) -> None:
+        tokenizer = await start_tokenizer()
+        engine = await start_engine(fingerprint=tokenizer.fingerprint)
+        services = await start_services([engine], [tokenizer])
+        model = services.resolve(None)
+        call = await self._call_under_way(services, [tokenizer])
+        services._remove_tokenizer(tokenizer.address)
+        with pytest.raises(ApiError):
+            services.tokenizer_for(model)
+        await services.vocabulary(model)
+        for _ in range(20):  # turns of the loop in which a close would have cancelled the call
+            await asyncio.sleep(0)
+        tokenizer.answering.set()
+        assert len((await asyncio.wait_for(call, LIMIT_S)).encodings) == 1
+
+    @pytest.mark.parametrize("others", [0, 1])
+    async def test_a_channel_closed_under_a_call_counts_as_unavailable(
+        self, start_engine: Any, start_tokenizer: Any, start_services: Any, others: int
+    ) -> None:
+        tokenizers = [await start_tokenizer() for _ in range(1 + others)]
+        engine = await start_engine(fingerprint=tokenizers[0].fingerprint)
+        services = await start_services([engine], tokenizers)
+        client = services.tokenizer_for(services.resolve(None))
+        call = await self._call_under_way(services, tokenizers, client)
+        first = client._replicas[0]
+        await first.close()
+        for tokenizer in tokenizers:
+            if tokenizer.address != first.address:
+                tokenizer.answering.set()
+        again = asyncio.create_task(client.encode(tokenizer_pb2.EncodeRequest(texts=["Hello"])))
+        for task in (call, again):
+            if others:
+                assert len((await asyncio.wait_for(task, LIMIT_S)).encodings) == 1
+                continue
+            with pytest.raises(ApiError) as raised:
+                await asyncio.wait_for(task, LIMIT_S)
+            assert raised.value.reason == "engine_unavailable"
+
+    async def test_a_cancelled_caller_stays_cancelled(
+        self, start_engine: Any, start_tokenizer: Any, start_services: Any
+    ) -> None:
+        tokenizer = await start_tokenizer()
+        engine = await start_engine(fingerprint=tokenizer.fingerprint)
+        services = await start_services([engine], [tokenizer])
+        call = await self._call_under_way(services, [tokenizer])
+        call.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await call
+
+    async def _call_under_way(self, services: Services, tokenizers: list[Any], client: Any = None) -> Any:
+        for tokenizer in tokenizers:
+            tokenizer.answering.clear()
+        client = client or services.tokenizer_for(services.resolve(None))
+        call = asyncio.create_task(client.encode(tokenizer_pb2.EncodeRequest(texts=["Hello"])))
+        async with asyncio.timeout(LIMIT_S):
+            while not any("Encode" in tokenizer.calls for tokenizer in tokenizers):
+                await asyncio.sleep(0.005)
+        return call
+
     async def test_the_tokenizer_is_fetched_once_for_all_replicas(
         self, start_engine: Any, start_tokenizer: Any, start_services: Any
     ) -> None:
