@@ -74,6 +74,8 @@ class Supervisor:
             keepers = [asyncio.create_task(self._keep(child)) for child in self._children]
             announcer = asyncio.create_task(self._announce())
             keepers.append(announcer)
+            for task in keepers:
+                task.add_done_callback(self._on_keeper_done)
             code = await self._end
             self._stopping = True
             await self._stop(failed=code != 0)
@@ -120,6 +122,11 @@ class Supervisor:
         self._impatient = True
         for child in self._children:
             child.kill()
+
+    def _on_keeper_done(self, task: asyncio.Task[None]) -> None:
+        """A keeper that failed keeps nobody: better to end, with its error, than to look alive."""
+        if not task.cancelled() and task.exception() is not None and not self._end.done():
+            self._end.set_result(1)
 
     async def _announce(self) -> None:
         await self._wait_ready()

@@ -73,27 +73,6 @@ def test_a_child_gets_the_values_of_the_plan_and_nothing_else() -> None:
     assert not any(name.startswith("PENSTOCK_") for name in engine.environment)
 
 
-def test_large_pages_for_the_engine_beside_what_the_user_set() -> None:
-    for environ, expected in [
-        ({}, "glibc.malloc.hugetlb=1"),
-        ({"GLIBC_TUNABLES": "glibc.malloc.check=3"}, "glibc.malloc.check=3:glibc.malloc.hugetlb=1"),
-        ({"GLIBC_TUNABLES": "glibc.malloc.hugetlb=0"}, "glibc.malloc.hugetlb=0"),
-    ]:
-        specs = {spec.service: spec for spec in _specs(["m"], environ)}
-        assert specs["engine"].environment["GLIBC_TUNABLES"] == expected
-        assert specs["frontend"].environment.get("GLIBC_TUNABLES") == environ.get("GLIBC_TUNABLES")
-
-
-def test_waiting_threads_of_the_engine_do_not_spin_unless_the_user_says_so() -> None:
-    for environ, expected in [
-        ({}, "1000"),
-        ({"GOMP_SPINCOUNT": "7"}, "7"),
-        ({"OMP_WAIT_POLICY": "ACTIVE"}, None),
-    ]:
-        specs = {spec.service: spec for spec in _specs(["m"], environ)}
-        assert specs["engine"].environment.get("GOMP_SPINCOUNT") == expected
-
-
 def test_sockets_lie_where_only_the_user_may_enter(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     deep = tmp_path / ("d" * 80)
     deep.mkdir()

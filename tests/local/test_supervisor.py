@@ -231,3 +231,22 @@ async def test_the_last_line_says_which_child_and_why(caplog: pytest.LogCaptureF
 
         assert await stage.run(script) == 3
         assert caplog.messages[-1].endswith(words)
+
+
+async def test_a_child_that_cannot_be_started_again_ends_the_whole(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(supervisor, "FIRST_BACKOFF_S", 0.01)
+    stage = Stage()
+
+    async def no_more_processes() -> None:
+        raise BlockingIOError("fork")
+
+    async def script() -> None:
+        stage.ready.set()
+        await stage.announced.wait()
+        stage.children["engine"].start = no_more_processes  # type: ignore[method-assign]
+        stage.children["engine"].end(-9)
+
+    with pytest.raises(BlockingIOError):
+        await asyncio.wait_for(stage.run(script), EVENT_S)
