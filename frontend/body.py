@@ -45,7 +45,10 @@ async def read_body(
 
 
 def check_media_type(headers: Mapping[bytes, list[bytes]]) -> None:
-    """Raises ApiError("unsupported_media_type") unless the body is announced as JSON."""
+    """Raises ApiError("unsupported_media_type") unless the body is announced as plain JSON."""
+    encodings = headers.get(b"content-encoding", [])
+    if any(encoding.strip().lower() not in (b"", b"identity") for encoding in encodings):
+        raise ApiError("unsupported_media_type", "Compressed request bodies are not accepted.")
     values = headers.get(b"content-type", [])
     kind = values[0].split(b";")[0].strip().lower() if values else b""
     if kind != b"application/json" and not (kind.startswith(b"application/") and kind.endswith(b"+json")):

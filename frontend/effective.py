@@ -115,9 +115,9 @@ def check_vocabulary(request: GenerationRequest, vocab_size: int) -> None:
 
 
 def check_prompt_ids(id_lists: list[list[int]], vocab_size: int, param: str = "prompt") -> None:
-    for ids in id_lists:
+    for index, ids in enumerate(id_lists):
         if max(ids) >= vocab_size:
-            raise _outside(param, max(ids), vocab_size)
+            raise _outside(param if len(id_lists) == 1 else f"{param}[{index}]", max(ids), vocab_size)
 
 
 def _outside(name: str, token_id: int, vocab_size: int) -> ApiError:

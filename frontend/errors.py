@@ -57,11 +57,14 @@ def param_of(loc: Sequence[int | str]) -> str | None:
 
 def validation_error(error: ValidationError) -> ApiError:
     """The first finding as an ApiError: missing, wrong type, or out of range."""
-    found: ErrorDetails = error.errors(include_url=False, include_input=False)[0]
+    found: ErrorDetails = error.errors(include_url=False)[0]
     kind, param = found["type"], param_of(found["loc"])
     named = f"'{param}'" if param else "The request"
     if kind == "missing":
         return ApiError("missing_required_parameter", f"Missing required parameter: {named}.", param)
+    if kind == "int_type" and isinstance(found["input"], float) and abs(found["input"]) >= 2.0**63:
+        # The JSON reader makes a float of an integer beyond 64 bits.
+        return ApiError("invalid_value", f"{named} is beyond 64 bits.", param)
     if kind in _TYPE_NAMES:
         return ApiError("invalid_type", f"{named} must be {_TYPE_NAMES[kind]}.", param)
     if kind == "invalid_type":
@@ -86,6 +89,8 @@ def _sentence(kind: str, found: ErrorDetails) -> str:
             return f"is too long, at most {context['max_length']} are allowed"
         case "too_short" | "string_too_short":
             return f"is too short, at least {context['min_length']} are needed"
+        case "string_pattern_mismatch":
+            return "holds characters that are not allowed, or too many"
         case "literal_error":
             return f"must be one of {context['expected']}"
         case "value_error":

@@ -86,8 +86,7 @@ async def encode_prompts(
 async def encode_bad_words(
     tokenizer: ModelTokenizer, words: list[str], timeout_s: float | None
 ) -> list[TokenIds]:
-    """Each word as it looks at the start of a text and, where that is as short but begins with another token,
-    as it looks inside one, after a space."""
+    """Each word as it looks at the start of a text and, where that differs, inside one, after a space."""
     bare = [word.lstrip() for word in words]
     for word in bare:
         if not word:
@@ -105,6 +104,6 @@ async def encode_bad_words(
     for alone, inside in zip(rows[: len(bare)], rows[len(bare) :], strict=True):
         if alone:
             found.append(TokenIds(ids=alone))
-        if inside and len(inside) == len(alone) and inside[0] != alone[0]:
+        if inside and inside != alone:
             found.append(TokenIds(ids=inside))
     return found

@@ -211,7 +211,7 @@ def _checked_size(texts: Sequence[str], pairs: Sequence[str], max_tokens: int) -
     if longest > MAX_TEXT_CHARS and max_tokens:
         raise ApiError(
             "context_length_exceeded",
-            f"This model's maximum context length is {max_tokens} tokens, but the prompt has {longest} "
+            f"This model's maximum context length is {max_tokens + 1} tokens, but the prompt has {longest} "
             "characters.",
             "prompt",
         )

@@ -191,10 +191,11 @@ def load(files: TokenizerFiles) -> LoadedTokenizer:
 
 
 def too_long(length: int, limit: int, param: str) -> ApiError:
+    """limit: the longest prompt, one less than the context."""
     return ApiError(
         "context_length_exceeded",
-        f"This model's maximum context length is {limit} tokens, but the {param} resulted in {length} "
-        f"tokens. Please reduce the length of the {param}.",
+        f"This model's maximum context length is {limit + 1} tokens, of which at least one must be left for "
+        f"the answer, but the {param} resulted in {length} tokens. Please reduce the length of the {param}.",
         param,
     )
 

@@ -75,15 +75,20 @@ def parse_request(kind: type[R], raw: dict[str, Any], exchange: Exchange, contex
     except ValidationError as error:
         raise validation_error(error) from None
     request.check()
-    ignored = request.ignored()
-    if ignored:
-        if context.strict or exchange.header(b"x-penstock-strict") == b"1":
-            raise unsupported(printable(ignored[0], 64), "is not known to this server")
-        exchange.extra_headers.append((b"x-penstock-ignored", ignored_header(ignored)))
+    report_ignored(request.ignored(), exchange, context)
     if request.request_id is not None:
         exchange.suggest_id(request.request_id)
         log.request_id.set(exchange.request_id)
     return request
+
+
+def report_ignored(names: list[str], exchange: Exchange, context: Context) -> None:
+    """Unknown fields go into a header of the answer; in strict mode they are refused: raises ApiError."""
+    if not names:
+        return
+    if context.strict or exchange.header(b"x-penstock-strict") == b"1":
+        raise unsupported(printable(names[0], 64), "is not known to this server")
+    exchange.extra_headers.append((b"x-penstock-ignored", ignored_header(names)))
 
 
 def timeout_of(exchange: Exchange) -> float | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from penstock.frontend.catalog import Model
+from penstock.frontend.catalog import Model, listed
 from penstock.frontend.context import Context
 from penstock.frontend.exchange import Exchange
 from penstock.protos.errors import ApiError
@@ -19,7 +19,10 @@ async def retrieve_model(exchange: Exchange, context: Context) -> None:
     name = exchange.argument
     model = context.services.models.get(name)
     if model is None:
-        raise ApiError("model_not_found", f"The model {name[:128]!r} does not exist.", "model")
+        served = listed(context.services.models)
+        raise ApiError(
+            "model_not_found", f"The model {name[:128]!r} does not exist. Served: {served}.", "model"
+        )
     await exchange.respond_json(_card(name, model))
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from pydantic import Field, ValidationError
 
 from penstock.frontend.api.chat_request import ChatRequest, Messages
-from penstock.frontend.api.generate import parse_request, timeout_of
+from penstock.frontend.api.generate import parse_request, report_ignored, timeout_of
 from penstock.frontend.api.generation_request import StrictModel, TokenId
 from penstock.frontend.context import Context
 from penstock.frontend.effective import check_prompt_ids
@@ -41,8 +41,12 @@ async def tokenize(exchange: Exchange, context: Context) -> None:
         request = TokenizeRequest.model_validate(raw)
     except ValidationError as error:
         raise validation_error(error) from None
-    if (request.prompt is None) == (request.messages is None):
+    if request.prompt is None and request.messages is None:
         raise ApiError("missing_required_parameter", "Give either 'prompt' or 'messages'.", "prompt")
+    if request.prompt is not None and request.messages is not None:
+        raise ApiError("invalid_value", "'prompt' and 'messages' exclude each other.", "messages")
+    if request.messages is None:
+        report_ignored(list(request.model_extra or {}), exchange, context)
     model = context.services.resolve(request.model)
     tokenizer = context.services.tokenizer_for(model)
     if request.messages is not None:
@@ -80,6 +84,7 @@ async def detokenize(exchange: Exchange, context: Context) -> None:
         request = DetokenizeRequest.model_validate(raw)
     except ValidationError as error:
         raise validation_error(error) from None
+    report_ignored(list(request.model_extra or {}), exchange, context)
     model = context.services.resolve(request.model)
     tokenizer = context.services.tokenizer_for(model)
     if request.tokens:

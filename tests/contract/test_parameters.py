@@ -94,7 +94,7 @@ async def test_bad_words_are_encoded_with_and_without_a_space(served: Any) -> No
     for word in ("the", "fox", "brown fox"):
         alone, inside = encode(word).ids, encode(" " + word).ids
         assert alone in rows
-        assert (inside in rows) == (len(inside) == len(alone) and inside[0] != alone[0])
+        assert inside in rows
     assert (await served.complete(bad_words=["  "])).json()["error"]["param"] == "bad_words"
 
 
@@ -362,7 +362,7 @@ async def test_tokenize_and_detokenize(served: Any) -> None:
     assert (await served.post("/detokenize", {"tokens": [2]})).json() == {"prompt": "<|im_end|>"}
     for body, param in (
         ({}, "prompt"),
-        ({"prompt": "a", "messages": "b"}, "prompt"),
+        ({"prompt": "a", "messages": "b"}, "messages"),
         ({"prompt": 5}, "prompt"),
     ):
         assert (await served.post("/tokenize", body)).json()["error"]["param"] == param
