@@ -12,7 +12,6 @@ import pytest
 
 from penstock.frontend.config import FrontendConfig
 from penstock.frontend.main import Frontend
-from penstock.protos.serving import SAME_SIGNAL_S
 from penstock.protos.settings import ConfigError, load
 
 RUN = """
@@ -106,30 +105,6 @@ async def test_what_outlives_the_drain_is_told(served: Any, tools: Any) -> None:
     await served.engine.wait_until(lambda: served.engine.num_live == 0)
     for _, writer in (streaming, whole):
         writer.close()
-
-
-async def test_a_second_signal_ends_it_at_once(served: Any, tools: Any) -> None:
-    process, port = await spawn(served, drain_seconds=60)
-    await until_ready(port, tools)
-    served.engine.running.clear()
-    _, writer = await ask(port, tools.http("POST", "/v1/chat/completions", BODY % (b"true", 3)))
-    await served.engine.wait_until(lambda: served.engine.num_live == 1)
-    process.send_signal(signal.SIGTERM)
-    process.send_signal(signal.SIGTERM)  # at once: taken for the same one
-    try:
-        with pytest.raises(ConnectionRefusedError):
-            while True:
-                (await ask(port, b""))[1].close()
-                await asyncio.sleep(0.01)
-        await asyncio.sleep(SAME_SIGNAL_S + 0.1)
-        assert process.returncode is None
-        process.send_signal(signal.SIGTERM)
-        async with asyncio.timeout(10):
-            assert await process.wait() == 1
-    finally:
-        writer.close()
-        served.engine.running.set()
-    await served.engine.wait_until(lambda: served.engine.num_live == 0)
 
 
 async def test_exit_codes(tmp_path: Any) -> None:

