@@ -189,9 +189,6 @@ class GrpcService:
         self._health.closing.set()
         await self._server.stop(grace_s)
 
-    async def wait(self) -> None:
-        await self._server.wait_for_termination()
-
 
 def on_shutdown_signal(callback: Callable[[], None]) -> None:
     """The first SIGTERM or SIGINT calls back; a second one exits at once with 1.
