@@ -7,18 +7,22 @@ same names and signatures; `reference` (plain torch) always exists. Nothing here
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from types import ModuleType
 
 REFERENCE = "reference"
 
 # op -> device type -> module. What is not listed runs the reference.
 _BY_DEVICE: dict[str, dict[str, str]] = {
-    "activation": {},
-    "kv_write": {},
-    "norm": {},
-    "paged_attention": {"cpu": "cpu"},
+    "activation": {"cuda": "triton"},
+    "embedding": {"cuda": "triton"},
+    "inputs": {"cuda": "triton"},
+    "kv_write": {"cpu": "cpu", "cuda": "triton"},
+    "norm": {"cuda": "triton"},
+    "paged_attention": {"cpu": "cpu", "cuda": "triton"},
+    "quant": {"cpu": "cpu", "cuda": "triton"},
     "rope": {"cpu": "cpu"},
-    "sampling": {},
+    "sampling": {"cuda": "triton"},
 }
 
 _chosen: dict[str, str] = {}
@@ -32,6 +36,15 @@ def implementation(op: str, device_type: str) -> ModuleType:
         name = _chosen.get(op) or _BY_DEVICE[op].get(device_type, REFERENCE)
         module = _resolved[op, device_type] = load(op, name)
     return module
+
+
+def ops() -> list[str]:
+    return sorted(_BY_DEVICE)
+
+
+def has(op: str, name: str) -> bool:
+    """Whether the op has an implementation of that name; it need not be able to run here."""
+    return importlib.util.find_spec(f"penstock.kernels.{op}.{name}") is not None
 
 
 def load(op: str, name: str) -> ModuleType:

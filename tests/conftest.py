@@ -13,6 +13,9 @@ import pytest
 
 # Before torch is imported, here or in a process started by a test: many tests share few cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Before triton is imported: without a device its kernels run in its interpreter.
+if not Path("/dev/nvidiactl").exists():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def load_support(name: str) -> ModuleType:

@@ -18,14 +18,20 @@ def paged_attention(
     scale: float,
     window: int | None = None,
     soft_cap: float | None = None,
+    slopes: Tensor | None = None,
 ) -> Tensor:
-    """softmax(soft_cap(query @ key * scale)) @ value over a mixed batch of decodes and prefill chunks.
+    """softmax(soft_cap(query @ key * scale) + slopes * (key's position - query's)) @ value over a mixed batch
+    of decodes and prefill chunks.
 
-    query [tokens, heads, head_dim], strided; kv_cache [blocks, block_size, 2, kv_heads, head_dim] with the
-    new tokens' keys and values written; returns [tokens, heads, head_dim], contiguous, in query's dtype.
+    query [tokens, heads, head_dim], strided; kv_cache [blocks, block_size, 2, kv_heads, head_dim], in query's
+    dtype or float8_e4m3fn, with the new tokens' keys and values written; returns [tokens, heads, head_dim],
+    contiguous, in query's dtype; what it holds in the rows of padding is not defined.
     A token sees itself and what came before it; with `window`, only the last `window` tokens, its own
-    included. `soft_cap` bounds scores to (-c, c) by c * tanh(score / c). Query head h reads key/value head
+    included. `soft_cap` bounds scores to (-c, c) by c * tanh(score / c). `slopes`, float32 [heads], are those
+    of ALiBi (Press et al. 2021, arXiv:2108.12409). Query head h reads key/value head
     h // (heads // kv_heads). Slots outside the sequences' tokens may hold anything, NaN too.
     """
     module = implementation("paged_attention", query.device.type)
-    return module.paged_attention(query, kv_cache, batch, scale=scale, window=window, soft_cap=soft_cap)
+    return module.paged_attention(
+        query, kv_cache, batch, scale=scale, window=window, soft_cap=soft_cap, slopes=slopes
+    )

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from penstock.kernels.paged_attention.batch import AttentionBatch
-from penstock.kernels.paged_attention.reference import visible
+from penstock.kernels.paged_attention.reference import distances, visible
+from penstock.kernels.quant import widen
 
 _PIECE = 256  # query tokens per masked call
 _FREE_PADDING = 128  # tokens of padding that cost about as much as another call (15 us, measured)
@@ -26,6 +27,7 @@ class _Decodes:
     slots: Tensor  # [b * width] int64
     width: int
     mask: Tensor | None  # [b, 1, 1, width] additive
+    away: Tensor  # [b, 1, 1, width] float32, position of each key less the query's
 
 
 @dataclass(slots=True)
@@ -52,20 +54,24 @@ def paged_attention(
     scale: float,
     window: int | None = None,
     soft_cap: float | None = None,
+    slopes: Tensor | None = None,
 ) -> Tensor:
+    if slopes is not None:
+        slopes = slopes.float().view(kv_cache.shape[3], -1, 1)
     plan = batch.prepared.get((window, query.dtype))
     if not isinstance(plan, _Plan):
         plan = batch.prepared[window, query.dtype] = _make_plan(batch, window, query.dtype)
     rows = kv_cache.flatten(0, 1)
     if not plan.prefills and len(plan.decodes) == 1:
-        return _decode(query, rows, plan.decodes[0], scale, soft_cap)
+        return _decode(query, rows, plan.decodes[0], scale, soft_cap, slopes)
     out = torch.empty(query.shape, dtype=query.dtype)
     for group in plan.decodes:
         part = query.index_select(0, group.rows)
-        out.index_copy_(0, group.rows, _decode(part, rows, group, scale, soft_cap))
+        out.index_copy_(0, group.rows, _decode(part, rows, group, scale, soft_cap, slopes))
     for chunk in plan.prefills:
         part = query[chunk.start : chunk.start + chunk.length]
-        out[chunk.start : chunk.start + chunk.length] = _prefill(part, rows, chunk, scale, window, soft_cap)
+        done = _prefill(part, rows, chunk, scale, window, soft_cap, slopes)
+        out[chunk.start : chunk.start + chunk.length] = done
     return out
 
 
@@ -118,7 +124,8 @@ def _decode_group(batch: AttentionBatch, rows: list[int], window: int | None, dt
         mask = torch.zeros(unused.shape, dtype=dtype).masked_fill_(unused, float("-inf"))[:, None, None]
     positions = offsets.add(first)
     slots = _slots(tables, positions.expand(len(rows), width), batch.block_size)
-    return _Decodes(index, slots.flatten(), width, mask)
+    away = (positions - torch.tensor(lengths).unsqueeze(1) + 1).float()[:, None, None]
+    return _Decodes(index, slots.flatten(), width, mask, away)
 
 
 def _slots(tables: Tensor, positions: Tensor, block_size: int) -> Tensor:
@@ -126,32 +133,48 @@ def _slots(tables: Tensor, positions: Tensor, block_size: int) -> Tensor:
     return tables.gather(-1, positions // block_size) * block_size + positions % block_size
 
 
-def _decode(query: Tensor, rows: Tensor, group: _Decodes, scale: float, soft_cap: float | None) -> Tensor:
+def _gather(rows: Tensor, slots: Tensor, dtype: torch.dtype) -> Tensor:
+    """Slots of the cache, in the dtype of the arithmetic."""
+    if rows.dtype != torch.float8_e4m3fn:
+        return rows.index_select(0, slots)
+    return widen(rows.view(torch.uint8).index_select(0, slots).view(rows.dtype), dtype)
+
+
+def _decode(
+    query: Tensor, rows: Tensor, group: _Decodes, scale: float, soft_cap: float | None, slopes: Tensor | None
+) -> Tensor:
     count, heads, head_dim = query.shape
     kv_heads = rows.shape[2]
-    gathered = rows.index_select(0, group.slots).view(count, group.width, 2, kv_heads, head_dim)
+    gathered = _gather(rows, group.slots, query.dtype).view(count, group.width, 2, kv_heads, head_dim)
     keys, values = gathered.permute(2, 0, 3, 1, 4).unbind(0)  # [b, kv_heads, width, head_dim]
     grouped = query.view(count, kv_heads, heads // kv_heads, head_dim)
-    out = _attend(grouped, keys, values, group.mask, scale, soft_cap)
+    bias = None if slopes is None else slopes * group.away
+    out = _attend(grouped, keys, values, group.mask, scale, soft_cap, bias)
     return out.reshape(count, heads, head_dim)
 
 
 def _prefill(
-    query: Tensor, rows: Tensor, chunk: _Prefill, scale: float, window: int | None, soft_cap: float | None
+    query: Tensor,
+    rows: Tensor,
+    chunk: _Prefill,
+    scale: float,
+    window: int | None,
+    soft_cap: float | None,
+    slopes: Tensor | None,
 ) -> Tensor:
     length, heads, head_dim = query.shape
     kv_heads = rows.shape[2]
-    gathered = rows.index_select(0, chunk.slots)  # [n, 2, kv_heads, head_dim]
+    gathered = _gather(rows, chunk.slots, query.dtype)  # [n, 2, kv_heads, head_dim]
     groups = heads // kv_heads
     # [kv_heads, groups, n, head_dim]; the key/value head is shared by its group without a copy
     keys, values = (
         gathered.permute(1, 2, 0, 3).unsqueeze(2).expand(2, kv_heads, groups, -1, head_dim).unbind(0)
     )
     grouped = query.view(length, kv_heads, groups, head_dim).permute(1, 2, 0, 3)
-    if soft_cap is None and (window is None or chunk.context <= window):
+    if soft_cap is None and slopes is None and (window is None or chunk.context <= window):
         out = _causal(grouped, keys, values, scale)
     else:
-        out = _masked_pieces(grouped, keys, values, chunk, scale, window, soft_cap)
+        out = _masked_pieces(grouped, keys, values, chunk, scale, window, soft_cap, slopes)
     return out.permute(2, 0, 1, 3).reshape(length, heads, head_dim)
 
 
@@ -177,6 +200,7 @@ def _masked_pieces(
     scale: float,
     window: int | None,
     soft_cap: float | None,
+    slopes: Tensor | None,
 ) -> Tensor:
     before = chunk.context - chunk.length
     pieces = []
@@ -191,17 +215,33 @@ def _masked_pieces(
             mask = torch.zeros(seen.shape, dtype=query.dtype).masked_fill_(~seen, float("-inf"))
             chunk.masks[geometry] = mask
         span = slice(first - chunk.first, last - chunk.first)
+        bias = None
+        if slopes is not None:
+            apart = distances(before + start, stop - start, first, last - first, query.device)
+            bias = slopes.unsqueeze(-1) * apart
         part = query[:, :, start:stop]
-        pieces.append(_attend(part, keys[:, :, span], values[:, :, span], mask, scale, soft_cap))
+        pieces.append(_attend(part, keys[:, :, span], values[:, :, span], mask, scale, soft_cap, bias))
     return torch.cat(pieces, dim=2)
 
 
 def _attend(
-    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float, soft_cap: float | None
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    soft_cap: float | None,
+    bias: Tensor | None,
 ) -> Tensor:
-    if soft_cap is None:
+    if soft_cap is None and bias is None:
         return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scale)
-    scores = torch.matmul(query, keys.transpose(-1, -2)).float().mul_(scale / soft_cap).tanh_().mul_(soft_cap)
+    scores = torch.matmul(query, keys.transpose(-1, -2)).float()
+    if soft_cap is None:
+        scores.mul_(scale)
+    else:
+        scores.mul_(scale / soft_cap).tanh_().mul_(soft_cap)
+    if bias is not None:
+        scores.add_(bias)
     if mask is not None:
         scores = scores + mask
     return torch.matmul(scores.softmax(dim=-1).to(query.dtype), values)

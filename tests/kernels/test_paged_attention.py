@@ -54,7 +54,9 @@ def make_case(
     return Case(projected[:, :heads], kv_cache, batch, contexts)
 
 
-def naive(case: Case, scale: float, window: int | None, soft_cap: float | None) -> Tensor:
+def naive(
+    case: Case, scale: float, window: int | None, soft_cap: float | None, slopes: Tensor | None = None
+) -> Tensor:
     """One token and one head at a time, in float64."""
     rows = []
     for sequence, context in enumerate(case.contexts):
@@ -69,6 +71,8 @@ def naive(case: Case, scale: float, window: int | None, soft_cap: float | None) 
                 scores = (keys @ query[head]) * scale
                 if soft_cap is not None:
                     scores = soft_cap * torch.tanh(scores / soft_cap)
+                if slopes is not None:
+                    scores -= slopes[head].double() * torch.arange(len(scores) - 1, -1, -1)
                 heads.append(scores.softmax(0) @ values)
             rows.append(torch.stack(heads))
     return torch.stack(rows)
@@ -80,16 +84,17 @@ def check(
     scale: float | None = None,
     window: int | None = None,
     soft_cap: float | None = None,
+    slopes: Tensor | None = None,
 ) -> None:
     scale = scale or 1 / math.sqrt(case.query.shape[-1])
     module = load("paged_attention", name)
     out = module.paged_attention(
-        case.query, case.kv_cache, case.batch, scale=scale, window=window, soft_cap=soft_cap
+        case.query, case.kv_cache, case.batch, scale=scale, window=window, soft_cap=soft_cap, slopes=slopes
     )
     assert out.shape == case.query.shape
     assert out.dtype == case.query.dtype
     assert out.is_contiguous()
-    wanted = naive(case, scale, window, soft_cap)
+    wanted = naive(case, scale, window, soft_cap, slopes)
     assert torch.isfinite(out).all()
     assert (out.double() - wanted).abs().max() < TOLERANCE[out.dtype]
 
@@ -120,6 +125,11 @@ class TestBatches:
     def test_soft_cap(self, name: str, lengths: list[tuple[int, int]]) -> None:
         check(name, make_case(lengths), scale=1.5, soft_cap=2.0)
         check(name, make_case(lengths), scale=1.5, soft_cap=2.0, window=6)
+
+    def test_alibi(self, name: str, lengths: list[tuple[int, int]]) -> None:
+        slopes = torch.tensor([0.5, 0.25, 0.1, 1.0, 0.0, 0.7])
+        check(name, make_case(lengths), slopes=slopes)
+        check(name, make_case(lengths), slopes=slopes, window=6, soft_cap=2.0)
 
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
@@ -164,3 +174,22 @@ def test_the_layers_of_a_step_share_one_batch_with_different_windows() -> None:
     case = make_case(DECODES + CHUNKS)
     for window in (None, 6, None, 6):
         check("cpu", case, window=window)
+
+
+def test_the_reference_reads_lengths_from_the_device_and_skips_padding() -> None:
+    case = make_case([(1, 9), (1, 30), (4, 20)])
+    wanted = load("paged_attention", "reference").paged_attention(
+        case.query, case.kv_cache, case.batch, scale=0.3
+    )
+    static = AttentionBatch(
+        query_lens=[],
+        seq_lens=[],
+        num_decodes=0,
+        block_size=8,
+        block_tables=torch.cat((case.batch.block_tables, case.batch.block_tables[:1])).int(),
+        query_starts=torch.tensor([0, 1, 2, 6, 6], dtype=torch.int32),
+        context_lens=torch.tensor([9, 30, 20, 0], dtype=torch.int32),
+    )
+    query = torch.cat((case.query, case.query[:2]))
+    out = load("paged_attention", "reference").paged_attention(query, case.kv_cache, static, scale=0.3)
+    assert torch.equal(out[:6], wanted)
