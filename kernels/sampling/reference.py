@@ -15,6 +15,35 @@ import math
 import torch
 from torch import Tensor
 
+from penstock.kernels.sampling.reference_device import (
+    apply_bitmask,
+    draw_tokens,
+    filter_bounds,
+    row_logprobs,
+)
+
+__all__ = [
+    "BLOCK",
+    "NUM_CANDIDATES",
+    "LogprobColumns",
+    "add_bias",
+    "allow_only",
+    "apply_bitmask",
+    "apply_penalties",
+    "argmax",
+    "ban",
+    "best_of",
+    "draw",
+    "draw_filtered",
+    "draw_tokens",
+    "filter_bounds",
+    "keep_filtered",
+    "padded_width",
+    "row_logprobs",
+    "to_weights",
+    "token_logprobs",
+]
+
 LogprobColumns = tuple[Tensor, Tensor, Tensor, Tensor]
 
 BLOCK = 64  # elements whose maximum or sum is taken first; divides every padded width
