@@ -11,6 +11,11 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     return F.silu(gate).mul_(up)
 
 
+def gelu_mul(gate_up: Tensor, tanh: bool = False) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return gelu(gate, tanh).mul_(up)
+
+
 def relu(x: Tensor) -> Tensor:
     return x.relu_()
 
