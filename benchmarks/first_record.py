@@ -22,11 +22,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from shapes import SHAPES, make_folder
 from transformers_baseline import Baseline, BaselineResult
 
 from penstock.local import bench, bench_report
 from penstock.local.bench import BenchConfig
+from penstock.local.shapes import SHAPES, make_folder
 from penstock.local.show import version_lines
 from penstock.local.spawn import spawned
 

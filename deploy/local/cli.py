@@ -23,7 +23,7 @@ COMMANDS = {
     "tokenizer": "run a tokenizer service alone",
     "engine": "run an engine service alone",
     "chat": "talk to a server in the terminal",
-    "bench": "measure a server",
+    "bench": "measure a server, the engine or the kernels",
     "config": "print every setting and where its value comes from",
     "version": "print versions",
 }
@@ -35,7 +35,7 @@ USAGE = {
     "tokenizer": " [MODEL]",
     "engine": " [MODEL]",
     "chat": "",
-    "bench": " serve",
+    "bench": " serve|engine|kernels",
 }
 
 
@@ -186,12 +186,26 @@ def _chat(words: list[str]) -> int:
     return chat.run(_simple(parser, words, chat.ChatConfig))
 
 
+_BENCH_HELP = (
+    "serve: a running server, over HTTP; engine: a model shape on this device; kernels: this machine's (the "
+    "last two have options of their own)"
+)
+
+
 def _bench(words: list[str]) -> int:
+    if words[:1] == ["kernels"]:
+        from penstock.local import bench_kernels
+
+        return bench_kernels.main(words[1:])
+    if words[:1] == ["engine"]:
+        from penstock.local import bench_engine
+
+        return bench_engine.main(words[1:])
     from penstock.local import bench
     from penstock.protos import settings
 
     parser = _parser("bench")
-    parser.add_argument("what", choices=["serve"], help="serve: a running server, over HTTP")
+    parser.add_argument("what", choices=["serve"], help=_BENCH_HELP)
     parser.add_argument("--json", dest="json_file", default=argparse.SUPPRESS, help="short for --json-file")
     text = "start `penstock serve` with this model (default: the bundled one), measure it, stop it"
     parser.add_argument("--spawn", nargs="?", const="", metavar="MODEL", default=argparse.SUPPRESS, help=text)

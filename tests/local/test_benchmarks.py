@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from penstock.local import LLM, SamplingParams
+from penstock.local import LLM, SamplingParams, shapes
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -18,7 +18,6 @@ def _path(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_dummy_shape_runs_on_both_sides(tmp_path: Path) -> None:
-    shapes = pytest.importorskip("shapes")
     baselines = pytest.importorskip("transformers_baseline")
     folder = shapes.make_folder("tiny", tmp_path / "tiny")
     prompt = list(range(10, 42))
@@ -37,7 +36,6 @@ def test_the_large_shape_has_the_published_size(tmp_path: Path) -> None:
     import torch
     import transformers
 
-    shapes = pytest.importorskip("shapes")
     folder = shapes.make_folder("qwen2.5-0.5b", tmp_path)
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(folder))
@@ -50,7 +48,7 @@ def test_the_large_shape_has_the_published_size(tmp_path: Path) -> None:
 def test_scripts_explain_themselves() -> None:
     import subprocess
 
-    for name in ("first_record.py", "transformers_baseline.py"):
+    for name in ("first_record.py", "transformers_baseline.py", "transformers_continuous.py"):
         words = [sys.executable, str(BENCHMARKS / name), "--help"]
         done = subprocess.run(words, capture_output=True, text=True, timeout=60)
         assert done.returncode == 0, done.stderr

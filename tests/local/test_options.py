@@ -25,7 +25,10 @@ SPECIAL: dict[str, tuple[Any, Any, Any]] = {
     "max_body_bytes": (40001, 40002, 40003),
     "stream_buffer_bytes": (40001, 40002, 40003),
     "tokenizer": ("one", "two", "three"),
+    "nnodes": (2, 3, 4),
 }
+# What an option cannot go without.
+BESIDE = {"nnodes": {"PENSTOCK_TENSOR_PARALLEL_SIZE": "12", "PENSTOCK_MASTER_ADDR": "one"}}
 
 
 def _source(name: str) -> Source:
@@ -88,6 +91,7 @@ def test_precedence_of_every_serve_option(service: str, name: str, tmp_path: Pat
 
     def get(words: list[str], environ: dict[str, str]) -> tuple[Any, str]:
         given = cli._parse_serve(words)
+        environ = {**BESIDE.get(name, {}), **environ}
         value, source = _serve_value(
             service, name, Given(given.arguments, given.file, given.file_name, environ)
         )
