@@ -35,6 +35,8 @@ _COUNTERS = (
     ("generation_tokens", "Tokens generated.", "generation_tokens"),
     ("num_preemptions", "Sequences that lost their blocks and were computed again.", "num_preemptions"),
     ("engine_steps", "Steps of the engine.", "steps"),
+    ("spec_decode_num_draft_tokens", "Tokens that speculation proposed.", "drafted_tokens"),
+    ("spec_decode_num_accepted_tokens", "Proposed tokens that were accepted.", "accepted_draft_tokens"),
 )
 
 
@@ -149,7 +151,8 @@ class _Snapshot(Collector):
         family = GaugeMetricFamily(
             PREFIX + "cache_config_info", "The KV cache as configured.", labels=[*_LABELS, *names]
         )
-        values = [str(ready.kv_block_size), str(ready.kv_blocks), ready.dtype]
+        dtype = "fp8_e4m3" if "fp8_kv_cache" in ready.capabilities else ready.dtype
+        values = [str(ready.kv_block_size), str(ready.kv_blocks), dtype]
         family.add_metric([*self._labels, *values], 1)
         return family
 

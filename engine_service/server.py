@@ -177,6 +177,8 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
             prefix_cache_hits=load.prefix_cache_hits,
             prompt_tokens=load.prompt_tokens,
             generation_tokens=load.generation_tokens,
+            drafted_tokens=load.drafted_tokens,
+            accepted_draft_tokens=load.accepted_draft_tokens,
             engine_restarts=totals.restarts,
             rejected=totals.rejected.total(),
             open_streams=self._client.num_live,

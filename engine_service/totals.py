@@ -15,6 +15,8 @@ _SUMMED = (
     "prefix_cache_hits",
     "prompt_tokens",
     "generation_tokens",
+    "drafted_tokens",
+    "accepted_draft_tokens",
 )
 
 

@@ -79,6 +79,8 @@ class Accounting:
             sum(usage.prompt_tokens for usage in self._usages),
             sum(usage.cached_tokens for usage in self._usages),
             sum(usage.completion_tokens for usage in self._usages),
+            sum(usage.drafted_tokens for usage in self._usages),
+            sum(usage.accepted_draft_tokens for usage in self._usages),
         )
 
     def ended(self, finished: str, **fields: Any) -> None:
@@ -110,11 +112,16 @@ class Accounting:
 
 
 def usage_body(usage: Usage) -> dict[str, Any]:
-    """The usage object of the API."""
+    """The usage object of the API. What speculation proposed is told under the names OpenAI has for predicted
+    tokens, where there was any."""
+    details = {"reasoning_tokens": 0}
+    if usage.drafted_tokens:
+        details["accepted_prediction_tokens"] = usage.accepted_draft_tokens
+        details["rejected_prediction_tokens"] = usage.drafted_tokens - usage.accepted_draft_tokens
     return {
         "prompt_tokens": usage.prompt_tokens,
         "completion_tokens": usage.completion_tokens,
         "total_tokens": usage.prompt_tokens + usage.completion_tokens,
         "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
-        "completion_tokens_details": {"reasoning_tokens": 0},
+        "completion_tokens_details": details,
     }

@@ -57,6 +57,8 @@ class Usage:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     completion_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_draft_tokens: int = 0
 
 
 @dataclass(slots=True)
@@ -280,7 +282,7 @@ class Generation:
 
     def on_started(self, event: engine_pb2.SlotStarted) -> None:
         self.on_accepted()
-        self._update_prompt(event.usage)
+        self._take_usage(event.usage)
         if self._started:  # on another engine, before a retry
             return
         self._started = True
@@ -334,7 +336,7 @@ class Generation:
     def on_finished(self, event: engine_pb2.SlotFinished) -> None:
         self.on_accepted()
         self._num_at_engine -= 1
-        self._update_prompt(event.usage)
+        self._take_usage(event.usage)
         choice = self._choices[event.choice]
         if choice.done:
             return
@@ -389,6 +391,8 @@ class Generation:
         if not self._num_running:
             self._end("finished")
 
-    def _update_prompt(self, usage: common_pb2.Usage) -> None:
+    def _take_usage(self, usage: common_pb2.Usage) -> None:
         self.usage.prompt_tokens = usage.prompt_tokens or self.usage.prompt_tokens
         self.usage.cached_tokens = usage.cached_tokens
+        self.usage.drafted_tokens = usage.drafted_tokens
+        self.usage.accepted_draft_tokens = usage.accepted_tokens
