@@ -44,6 +44,12 @@ class EngineConfig(Config):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="type of weights and KV cache"
     )
+    quantization: Literal["none", "fp8"] = Field(
+        "none", description="fp8 rounds weights at load and activations per token; some quality is lost"
+    )
+    kv_cache_dtype: Literal["auto", "fp8", "fp8_e4m3"] = Field(
+        "auto", description="type of the KV cache; auto is dtype's, fp8 halves it and loses some quality"
+    )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the model runs")
     load_format: Literal["auto", "dummy"] = Field(
         "auto", description="auto reads safetensors, dummy makes random weights"
@@ -60,6 +66,30 @@ class EngineConfig(Config):
     )
     enable_prefix_caching: bool = Field(True, description="reuse keys and values of equal prompt beginnings")
     threads: int = Field(0, ge=0, le=1024, description="compute threads of the CPU backend; 0: decide")
+    tensor_parallel_size: int = Field(
+        1, ge=1, le=1024, description="processes that hold the model together, each a part, each on a device"
+    )
+    nnodes: int = Field(
+        1, ge=1, le=1024, description="machines of those processes", json_schema_extra={"env": ["NNODES"]}
+    )
+    node_rank: int = Field(
+        0,
+        ge=0,
+        description="which of the machines this is; 0 serves, the others only compute",
+        json_schema_extra={"env": ["NODE_RANK"]},
+    )
+    master_addr: str = Field(
+        "",
+        description="address of machine 0, if there are several",
+        json_schema_extra={"env": ["MASTER_ADDR"]},
+    )
+    master_port: int = Field(
+        29500,
+        ge=1,
+        le=65535,
+        description="port on machine 0 where the others meet it",
+        json_schema_extra={"env": ["MASTER_PORT"]},
+    )
     seed: int | None = Field(None, description="seed of requests that bring none; unset: new at each start")
 
     max_queued_requests: int = Field(256, ge=0, description="requests that may wait; more are refused")
@@ -86,6 +116,16 @@ class EngineConfig(Config):
     def _slots_fit_the_budget(self) -> EngineConfig:
         if self.max_num_seqs > self.max_num_batched_tokens:
             raise ValueError("max_num_seqs must not be larger than max_num_batched_tokens")
+        return self
+
+    @model_validator(mode="after")
+    def _ranks_fit_the_machines(self) -> EngineConfig:
+        if self.tensor_parallel_size % self.nnodes:
+            raise ValueError("tensor_parallel_size must be a multiple of nnodes")
+        if self.node_rank >= self.nnodes:
+            raise ValueError("node_rank must be less than nnodes")
+        if self.nnodes > 1 and not self.master_addr:
+            raise ValueError("several machines need a master_addr")
         return self
 
     @property
@@ -121,6 +161,12 @@ class EngineConfig(Config):
             gpu_memory_utilization=self.gpu_memory_utilization,
             enable_prefix_caching=self.enable_prefix_caching,
             threads=self.threads,
+            quantization="" if self.quantization == "none" else self.quantization,
+            kv_cache_dtype=self.kv_cache_dtype,
+            tensor_parallel_size=self.tensor_parallel_size,
+            nnodes=self.nnodes,
+            master_addr=self.master_addr,
+            master_port=self.master_port,
             seed=secrets.randbits(63) if self.seed is None else self.seed,
         )
 

@@ -1,5 +1,7 @@
 """The engine service's process: server, core, metrics, and their end. Knows no command line.
 
+On a machine after the first of several there is nothing to serve, only ranks to run: see node.py.
+
 Exit codes: 0 asked to stop, 1 runtime, 3 the model cannot be loaded, 4 the core was lost for good.
 """
 
@@ -12,6 +14,7 @@ import time
 
 from penstock.engine_service.config import EngineConfig
 from penstock.engine_service.core_keeper import EngineLost, ModelUnusable, State
+from penstock.engine_service.node import run_ranks
 from penstock.engine_service.service import EngineService
 from penstock.protos import log as logs
 from penstock.protos.serving import on_shutdown_signal
@@ -28,7 +31,7 @@ def run(config: EngineConfig) -> int:
     """Serves until SIGTERM, SIGINT, or the end of the engine; the exit code."""
     logs.setup("engine", config.log_level, config.log_format)
     try:
-        return asyncio.run(_serve(config))
+        return asyncio.run(run_ranks(config) if config.node_rank else _serve(config))
     except OSError as error:
         log.error("%s", error)
         return EXIT_RUNTIME

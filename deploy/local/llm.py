@@ -88,6 +88,8 @@ class LLM:
         enable_prefix_caching: bool = True,
         threads: int = 0,
         seed: int = 0,
+        quantization: str = "",
+        kv_cache_dtype: str = "auto",
     ) -> None:
         """model: a folder or a hub id; None is the bundled demonstration model. tokenizer: another folder to
         take the tokenizer from. chat_template: a path, the template itself or the name of a shipped one. 0
@@ -111,6 +113,8 @@ class LLM:
             enable_prefix_caching=enable_prefix_caching,
             threads=threads,
             seed=seed,
+            quantization=quantization,
+            kv_cache_dtype=kv_cache_dtype,
         )
         self._inbox = Inbox()
         self._outbox = _Outbox()

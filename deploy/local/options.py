@@ -34,7 +34,7 @@ TITLES = {
 _BACKEND = {"host", "port", "listen", "metrics_port", "model", "model_root"}
 HIDDEN: dict[str, set[str]] = {
     "frontend": {"engine", "tokenizer", "metrics_source"},
-    "engine": _BACKEND,
+    "engine": _BACKEND | {"node_rank"},  # what serves is machine 0
     "tokenizer": _BACKEND | {"served_model_name"},
 }
 # A model's own: settable for each entry of the `models` list, and ambiguous on a command line of several.

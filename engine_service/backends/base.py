@@ -18,6 +18,10 @@ class Backend(Protocol):
     def linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
         """Prepares weight [rows, columns] and bias [rows]. Drop the original: a copy may be kept."""
 
+    def head(self, weight: Tensor) -> Linear:
+        """As `linear`, for the projection to the vocabulary, [vocab_size, columns]: a backend that stores
+        linears with fewer bits keeps this one in full."""
+
     def place(self, tensor: Tensor) -> Tensor:
         """The tensor on this device."""
 

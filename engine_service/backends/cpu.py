@@ -19,11 +19,12 @@ _PACKED_FOR_ROWS = 32  # a hint of the layout; measured: no loss at other row co
 
 
 class CpuBackend:
-    """`threads` 0: one per core this process may use, less one for the server if there are over two."""
+    """`threads` 0: one per core this process may use, less one for the server if there are over two.
+    They are divided among `ranks` processes."""
 
-    def __init__(self, threads: int = 0) -> None:
+    def __init__(self, threads: int = 0, ranks: int = 1) -> None:
         self.device = torch.device("cpu")
-        self.threads = threads or _default_threads()
+        self.threads = max(1, (threads or _default_threads()) // ranks)
         torch.set_num_threads(self.threads)
         self._packable = _packable_dtypes()
 
@@ -31,6 +32,9 @@ class CpuBackend:
         if weight.dtype in self._packable and weight.numel() >= _PACK_FROM[weight.dtype]:
             return _PackedLinear(weight, bias)
         return _PlainLinear(weight, bias)
+
+    def head(self, weight: Tensor) -> Linear:
+        return self.linear(weight, None)
 
     def place(self, tensor: Tensor) -> Tensor:
         return tensor

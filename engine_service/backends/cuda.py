@@ -20,6 +20,9 @@ class CudaBackend:
         offset = None if bias is None else self.place(bias)
         return lambda x: F.linear(x, placed, offset)
 
+    def head(self, weight: Tensor) -> Linear:
+        return self.linear(weight, None)
+
     def place(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.device)
 

@@ -5,20 +5,27 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from penstock.engine_service.backends.base import Backend
 from penstock.engine_service.backends.cpu import CpuBackend
-from penstock.engine_service.core.memory import block_bytes, make_kv_caches, num_blocks
+from penstock.engine_service.backends.quantized import quantized
+from penstock.engine_service.core.memory import block_bytes, cache_dtype, make_kv_caches, num_blocks
 from penstock.engine_service.core.messages import Configure, Ready
 from penstock.engine_service.core.runner import Runner
 from penstock.engine_service.core.sampler import Sampler
 from penstock.engine_service.models.config import DTYPES, ModelSpec, read_spec
 from penstock.engine_service.models.errors import ModelError
 from penstock.engine_service.models.generation import Generation, read_generation
-from penstock.engine_service.models.registry import build_model
+from penstock.engine_service.models.parallel import ALONE, check_division, spec_of
+from penstock.engine_service.models.registry import Model, build_model
 from penstock.engine_service.models.weights import Checkpoint, DummyWeights, Weights
+
+if TYPE_CHECKING:
+    from penstock.engine_service.core.parallel import RankGroup
 
 _CAPABILITIES = [
     "logprobs",
@@ -29,6 +36,7 @@ _CAPABILITIES = [
     "bad_words",
     "priority",
 ]
+_LOADED = "loaded"  # where the ranks of a group wait for each other
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,47 +59,102 @@ def build(configure: Configure, on_progress: Callable[[int, int], None]) -> Buil
     folder = Path(configure.model_path)
     spec = read_spec(folder)
     generation = read_generation(folder)
-    max_model_len = _max_model_len(configure, spec)
-    backend = make_backend(configure.device, configure.threads)
-    weights = _weights(configure, folder, spec, on_progress)
-    with torch.inference_mode():
-        model = build_model(spec, weights, backend, max_model_len)
-        size = block_bytes(spec, configure.block_size, weights.dtype)
-        blocks = num_blocks(
-            block_bytes=size,
-            block_size=configure.block_size,
-            max_model_len=max_model_len,
-            max_num_seqs=configure.max_num_seqs,
-            available_bytes=backend.available_memory(),
-            default_bytes=backend.kv_cache_budget(configure.gpu_memory_utilization),
-            asked_blocks=configure.num_kv_blocks,
-            asked_bytes=configure.kv_cache_memory_bytes,
-        )
-        kv_caches = make_kv_caches(spec, blocks, configure.block_size, weights.dtype, backend.device)
+    backend = make_backend(configure, 0, configure.tensor_parallel_size // max(1, configure.nnodes))
+    group = None
+    if configure.tensor_parallel_size > 1:
+        from penstock.engine_service.core.followers import lead_ranks
+
+        check_division(spec, configure.tensor_parallel_size)
+        group = lead_ranks(configure, backend.device)
+    loaded = load(configure, spec, backend, group, on_progress)
+    model = loaded.model
+    if group is not None:
+        from penstock.engine_service.core.parallel_model import ParallelModel
+
+        group.lead()
+        model = ParallelModel(model, group)
     sampler = Sampler(spec.vocab_size, backend.device, configure.seed)
     return Built(
-        runner=Runner(model, backend, kv_caches, sampler, configure.block_size),
-        ready=_ready(configure, spec, generation, weights.dtype, backend, max_model_len, blocks),
-        num_blocks=blocks,
+        runner=Runner(model, backend, loaded.kv_caches, sampler, configure.block_size),
+        ready=_ready(configure, spec, generation, loaded),
+        num_blocks=loaded.num_blocks,
         block_size=configure.block_size,
-        max_model_len=max_model_len,
+        max_model_len=loaded.max_model_len,
         vocab_size=spec.vocab_size,
     )
 
 
-def make_backend(device: str, threads: int) -> Backend:
-    """The backend of "cpu", "cuda" or "auto" (CUDA where there is one). Raises ModelError."""
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """One rank's part of the model, on its device."""
+
+    model: Model
+    backend: Backend
+    dtype: torch.dtype
+    kv_caches: list[Tensor]
+    num_blocks: int
+    max_model_len: int
+
+
+def load(
+    configure: Configure,
+    spec: ModelSpec,
+    backend: Backend,
+    group: RankGroup | None,
+    on_progress: Callable[[int, int], None],
+) -> Loaded:
+    """The weights and the KV cache; with a group, when all its ranks have theirs. Raises ModelError, with a
+    group on all its ranks."""
+    try:
+        max_model_len = _max_model_len(configure, spec)
+        weights = _weights(configure, Path(configure.model_path), spec, on_progress)
+        kv_dtype = cache_dtype(configure.kv_cache_dtype, weights.dtype)
+        own_spec = spec if group is None else spec_of(spec, group)
+        # Ranks on CPUs share the machine's memory.
+        sharers = group.local_size if group is not None and backend.device.type == "cpu" else 1
+        with torch.inference_mode():
+            model = build_model(spec, weights, backend, max_model_len, group or ALONE)
+        blocks = num_blocks(
+            block_bytes=block_bytes(own_spec, configure.block_size, kv_dtype),
+            block_size=configure.block_size,
+            max_model_len=max_model_len,
+            max_num_seqs=configure.max_num_seqs,
+            available_bytes=backend.available_memory() // sharers,
+            default_bytes=backend.kv_cache_budget(configure.gpu_memory_utilization) // sharers,
+            asked_blocks=configure.num_kv_blocks,
+            asked_bytes=configure.kv_cache_memory_bytes,
+        )
+    except Exception as error:
+        if group is not None:
+            group.fail(_LOADED, error)
+        raise
+    if group is not None:
+        group.agree(_LOADED)
+        blocks = group.minimum(blocks)
+    with torch.inference_mode():
+        kv_caches = make_kv_caches(own_spec, blocks, configure.block_size, kv_dtype, backend.device)
+    return Loaded(model, backend, weights.dtype, kv_caches, blocks, max_model_len)
+
+
+def make_backend(configure: Configure, local_rank: int = 0, local_size: int = 1) -> Backend:
+    """The backend of "cpu", "cuda" or "auto" (CUDA where there is one) for one of a machine's ranks. Raises
+    ModelError."""
+    device = configure.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cpu":
-        return CpuBackend(threads)
-    if device != "cuda":
+    if device not in ("cpu", "cuda"):
         raise ModelError(f"device '{device[:20]}' is not supported; supported: auto, cpu, cuda")
+    if device == "cpu":
+        return quantized(CpuBackend(configure.threads, local_size), configure.quantization)
     if not torch.cuda.is_available():
         raise ModelError("device 'cuda' is not available on this machine")
+    if local_size > torch.cuda.device_count():
+        raise ModelError(
+            f"{local_size} ranks need as many CUDA devices, this machine has {torch.cuda.device_count()}"
+        )
     from penstock.engine_service.backends.cuda import CudaBackend
 
-    return CudaBackend()
+    return quantized(CudaBackend(local_rank), configure.quantization)
 
 
 def _max_model_len(configure: Configure, spec: ModelSpec) -> int:
@@ -124,27 +187,28 @@ def _ready(
     configure: Configure,
     spec: ModelSpec,
     generation: Generation,
-    dtype: torch.dtype,
-    backend: Backend,
-    max_model_len: int,
-    blocks: int,
+    loaded: Loaded,
 ) -> Ready:
     capabilities = [
         name for name in _CAPABILITIES if name != "prefix_caching" or configure.enable_prefix_caching
     ]
+    if configure.quantization not in ("", "none"):
+        capabilities.append(f"{configure.quantization}_weights")
+    if configure.kv_cache_dtype != "auto":
+        capabilities.append("fp8_kv_cache")
     return Ready(
         architectures=[spec.architecture],
-        max_model_len=max_model_len,
+        max_model_len=loaded.max_model_len,
         vocab_size=spec.vocab_size,
         eos_token_ids=generation.eos_token_ids,
         bos_token_id=generation.bos_token_id,
         pad_token_id=generation.pad_token_id,
         generation_defaults=generation.defaults,
         default_max_new_tokens=generation.max_new_tokens,
-        dtype=str(dtype).removeprefix("torch."),
-        device=backend.device.type,
+        dtype=str(loaded.dtype).removeprefix("torch."),
+        device=loaded.backend.device.type,
         kv_block_size=configure.block_size,
-        kv_blocks=blocks,
+        kv_blocks=loaded.num_blocks,
         tasks=["generate"],
         capabilities=capabilities,
     )

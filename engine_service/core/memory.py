@@ -8,9 +8,22 @@ from torch import Tensor
 from penstock.engine_service.models.config import ModelSpec
 from penstock.engine_service.models.errors import ModelError
 
+_FP8_NAMES = ("fp8", "fp8_e4m3")
+
+
+def cache_dtype(name: str, model_dtype: torch.dtype) -> torch.dtype:
+    """The KV cache's dtype: "auto" is the model's, "fp8" is e4m3 without a scale. Raises ModelError."""
+    if name == "auto":
+        return model_dtype
+    if name not in _FP8_NAMES:
+        raise ModelError(
+            f"KV cache dtype '{name[:20]}' is not supported; supported: auto, {', '.join(_FP8_NAMES)}"
+        )
+    return torch.float8_e4m3fn
+
 
 def block_bytes(spec: ModelSpec, block_size: int, dtype: torch.dtype) -> int:
-    """Bytes of one block over all layers."""
+    """Bytes of one block over all layers; `dtype` is the cache's."""
     return spec.num_layers * block_size * 2 * spec.num_kv_heads * spec.head_dim * dtype.itemsize
 
 

@@ -61,6 +61,12 @@ class Configure(msgspec.Struct, tag="configure", array_like=True, frozen=True):
     enable_prefix_caching: bool = True
     threads: int = 0  # compute threads of the CPU backend
     seed: int = 0  # of requests without one
+    quantization: str = ""  # fp8: of the weights at load; empty: none
+    kv_cache_dtype: str = "auto"  # auto (as dtype), fp8, fp8_e4m3 (the same)
+    tensor_parallel_size: int = 1  # ranks that hold the model together, rank 0 included
+    nnodes: int = 1  # machines they are on; a divisor of tensor_parallel_size
+    master_addr: str = ""  # where ranks of several machines meet
+    master_port: int = 0
 
 
 class AddRequest(msgspec.Struct, tag="add", array_like=True):
@@ -178,6 +184,8 @@ class Load(msgspec.Struct, array_like=True):
     prefix_cache_hits: int = 0
     prompt_tokens: int = 0
     generation_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_draft_tokens: int = 0
 
 
 class StepOutput(msgspec.Struct, tag="step", array_like=True):

@@ -9,22 +9,26 @@ Exit codes: 0 asked to, or the parent is gone; 1 the loop failed; 3 the model ca
 from __future__ import annotations
 
 import argparse
-import ctypes
 import faulthandler
 import gc
-import json
 import logging
 import os
 import signal
 import socket
 import sys
 import threading
-import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import msgspec
 
+from penstock.engine_service.core.child import (
+    EXIT_MODEL,
+    EXIT_OK,
+    EXIT_RUNTIME,
+    follow_parent,
+    log_to_stderr,
+)
 from penstock.engine_service.core.faults import EngineFatal
 from penstock.engine_service.core.inbox import Inbox, SocketReader, SocketWriter
 from penstock.engine_service.core.loop import EngineLoop, Runner
@@ -32,10 +36,8 @@ from penstock.engine_service.core.messages import Configure, LoadFailed, Progres
 
 log = logging.getLogger("penstock.engine.process")
 
-EXIT_OK, EXIT_RUNTIME, EXIT_MODEL = 0, 1, 3
 # How long the loop may take to notice the end of its input before the process is ended under it.
 _END_GRACE_S = 1.0
-_PR_SET_PDEATHSIG = 1
 
 
 class Built(Protocol):
@@ -57,8 +59,8 @@ def main(
     """The life of a core. build and model_errors (what means "this folder is unusable") are given by tests
     that need no model."""
     options = _parse(arguments)
-    _log_to_stderr(options.log_level, options.log_format)
-    _follow_parent(options.parent)
+    log_to_stderr(options.log_level, options.log_format)
+    follow_parent(options.parent)
     # The terminal's Ctrl-C and a TERM to the whole group reach the parent too, which drains first.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -129,14 +131,6 @@ def _end_soon(loop_done: threading.Event) -> None:
         os._exit(EXIT_RUNTIME)
 
 
-def _follow_parent(parent: int) -> None:
-    """Asks the kernel (Linux) to kill this process when its parent dies."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if parent and os.getppid() != parent:
-        sys.exit(EXIT_OK)
-
-
 def _real_build() -> tuple[Build, tuple[type[Exception], ...]]:
     """Late, because it imports torch."""
     from penstock.engine_service.core.build import build
@@ -152,32 +146,6 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--log-level", default="info")
     parser.add_argument("--log-format", default="text", choices=["text", "json"])
     return parser.parse_args(arguments)
-
-
-class _JsonLines(logging.Formatter):
-    def format(self, record: logging.LogRecord) -> str:
-        line = {
-            "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
-            + f".{int(record.msecs):03d}Z",
-            "level": record.levelname.lower(),
-            "service": "engine-core",
-            "logger": record.name,
-            "message": record.getMessage(),
-        }
-        if record.exc_info:
-            line["exception"] = self.formatException(record.exc_info)
-        return json.dumps(line, ensure_ascii=False)
-
-
-def _log_to_stderr(level: str, style: str) -> None:
-    """The same lines as the other processes write; this one must run where their packages are missing."""
-    handler = logging.StreamHandler(sys.stderr)
-    text = logging.Formatter("%(asctime)s %(levelname).1s engine-core: %(message)s", "%H:%M:%S")
-    handler.setFormatter(_JsonLines() if style == "json" else text)
-    root = logging.getLogger()
-    root.handlers[:] = [handler]
-    root.setLevel(logging.WARNING)
-    logging.getLogger("penstock").setLevel(level.upper())
 
 
 if __name__ == "__main__":

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from penstock.engine_service.backends.base import Backend
 from penstock.engine_service.core.batch import StepTensors
 from penstock.engine_service.models.config import ModelSpec
-from penstock.engine_service.models.layers import Attention, HeadNorm, Loader
+from penstock.engine_service.models.layers import Attention, HeadNorm
+from penstock.engine_service.models.loader import Loader
+from penstock.engine_service.models.parallel import ALONE, Group, heads_of
 from penstock.engine_service.models.rope import tables
 from penstock.engine_service.models.weights import Weights
 from penstock.kernels.activation import silu_mul
@@ -19,26 +20,32 @@ _GATE_UP = ("gate_proj", "up_proj")
 
 
 class Decoder:
-    def __init__(self, spec: ModelSpec, weights: Weights, backend: Backend, max_model_len: int) -> None:
+    def __init__(
+        self,
+        spec: ModelSpec,
+        weights: Weights,
+        backend: Backend,
+        max_model_len: int,
+        group: Group = ALONE,
+    ) -> None:
         if spec.rope is None:
             raise ValueError(f"{spec.architecture} needs rotary embedding")
-        loader = Loader(weights, backend)
+        loader = Loader(weights, backend, group)
         model = loader.under("model")
-        shape = (spec.vocab_size, spec.hidden_size)
         self._eps = spec.norm_eps
-        self._embedding = model.tensor("embed_tokens.weight", *shape)
+        self._embed, table = model.embedding("embed_tokens", spec.vocab_size, spec.hidden_size)
         self._layers = [_Layer(spec, model.under(f"layers.{i}"), i) for i in range(spec.num_layers)]
         self._norm = model.tensor("norm.weight", spec.hidden_size)
         if spec.tie_embeddings:
             weights.skip("lm_head.weight")
-            self._head = backend.linear(self._embedding, None)
+            self._head = loader.tied_head(table, spec.vocab_size)
         else:
-            self._head = loader.linear(["lm_head"], [spec.vocab_size], spec.hidden_size, bias=False)
+            self._head = loader.head("lm_head", spec.vocab_size, spec.hidden_size)
         cos, sin = tables(spec.rope, max_model_len, weights.dtype)
         self._cos, self._sin = backend.place(cos), backend.place(sin)
 
     def forward(self, step: StepTensors, kv_caches: list[Tensor]) -> Tensor:
-        residual = F.embedding(step.token_ids, self._embedding)
+        residual = self._embed(step.token_ids)
         rotation = (self._cos[step.positions], self._sin[step.positions])
         x = rms_norm(residual, self._layers[0].input_norm, self._eps)
         for i, layer in enumerate(self._layers):
@@ -55,19 +62,18 @@ class Decoder:
 
 class _Layer:
     def __init__(self, spec: ModelSpec, loader: Loader, index: int) -> None:
-        hidden, heads, kv_heads, head_dim = spec.hidden_size, spec.num_heads, spec.num_kv_heads, spec.head_dim
+        hidden, intermediate = spec.hidden_size, spec.intermediate_size
+        heads = heads_of(spec, loader.group)
+        counts = (heads.num_heads, heads.num_kv_heads, spec.head_dim)
         attention, mlp = loader.under("self_attn"), loader.under("mlp")
         self.input_norm = loader.tensor("input_layernorm.weight", hidden)
-        qkv_rows = [heads * head_dim, kv_heads * head_dim, kv_heads * head_dim]
         self.attention = Attention(
-            attention.linear(_QKV, qkv_rows, hidden, spec.qkv_bias),
-            attention.linear(["o_proj"], [hidden], heads * head_dim, spec.output_bias),
-            heads,
-            kv_heads,
-            head_dim,
+            attention.qkv_linear(_QKV, heads, hidden, spec.qkv_bias),
+            attention.row_linear("o_proj", hidden, spec.num_heads * spec.head_dim, spec.output_bias),
+            *counts,
             spec.windows[index],
-            HeadNorm(attention, heads, kv_heads, head_dim, spec.norm_eps) if spec.qk_norm else None,
+            HeadNorm(attention, *counts, spec.norm_eps) if spec.qk_norm else None,
         )
         self.mlp_norm = loader.tensor("post_attention_layernorm.weight", hidden)
-        self.gate_up = mlp.linear(_GATE_UP, [spec.intermediate_size] * 2, hidden, spec.mlp_bias)
-        self.down = mlp.linear(["down_proj"], [hidden], spec.intermediate_size, spec.mlp_bias)
+        self.gate_up = mlp.column_linear(_GATE_UP, [intermediate] * 2, hidden, spec.mlp_bias)
+        self.down = mlp.row_linear("down_proj", hidden, intermediate, spec.mlp_bias)

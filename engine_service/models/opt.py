@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from penstock.engine_service.backends.base import Backend
 from penstock.engine_service.core.batch import StepTensors
 from penstock.engine_service.models.config import ModelSpec
-from penstock.engine_service.models.layers import Attention, LayerNorm, Loader
+from penstock.engine_service.models.layers import Attention, LayerNorm
+from penstock.engine_service.models.loader import Loader
+from penstock.engine_service.models.parallel import ALONE, Group, heads_of
 from penstock.engine_service.models.weights import Weights
 from penstock.kernels.activation import gelu, relu
 
@@ -18,13 +19,20 @@ _ACTIVATIONS = {"relu": relu, "gelu": gelu, "gelu_new": lambda x: gelu(x, tanh=T
 
 
 class Opt:
-    def __init__(self, spec: ModelSpec, weights: Weights, backend: Backend, max_model_len: int) -> None:
+    def __init__(
+        self,
+        spec: ModelSpec,
+        weights: Weights,
+        backend: Backend,
+        max_model_len: int,
+        group: Group = ALONE,
+    ) -> None:
         # Checkpoints of the bare decoder lack the outer prefix.
         bare = weights.has("decoder.embed_tokens.weight")
-        loader = Loader(weights, backend)
+        loader = Loader(weights, backend, group)
         model = loader.under("decoder" if bare else "model.decoder")
         size, hidden = spec.embedding_size, spec.hidden_size
-        self._embedding = model.tensor("embed_tokens.weight", spec.vocab_size, size)
+        self._embed, table = model.embedding("embed_tokens", spec.vocab_size, size)
         self._positions = model.tensor("embed_positions.weight", spec.max_position + _POSITION_OFFSET, hidden)
         projected = size != hidden
         self._project_in = model.linear(["project_in"], [hidden], size, bias=False) if projected else None
@@ -35,12 +43,12 @@ class Opt:
             self._norm = LayerNorm(model.under("final_layer_norm"), hidden, spec.norm_eps, spec.norm_affine)
         if spec.tie_embeddings:
             weights.skip("lm_head.weight")
-            self._head = backend.linear(self._embedding, None)
+            self._head = loader.tied_head(table, spec.vocab_size)
         else:
-            self._head = loader.linear(["lm_head"], [spec.vocab_size], size, bias=False)
+            self._head = loader.head("lm_head", spec.vocab_size, size)
 
     def forward(self, step: StepTensors, kv_caches: list[Tensor]) -> Tensor:
-        x = F.embedding(step.token_ids, self._embedding)
+        x = self._embed(step.token_ids)
         if self._project_in is not None:
             x = self._project_in(x)
         x = x + self._positions[step.positions + _POSITION_OFFSET]
@@ -60,17 +68,18 @@ class _Layer:
     def __init__(self, spec: ModelSpec, loader: Loader) -> None:
         hidden = spec.hidden_size
         attention = loader.under("self_attn")
+        heads = heads_of(spec, loader.group)
         self._attention = Attention(
-            attention.linear(_QKV, [hidden] * 3, hidden, spec.qkv_bias),
-            attention.linear(["out_proj"], [hidden], hidden, spec.output_bias),
-            spec.num_heads,
-            spec.num_kv_heads,
+            attention.qkv_linear(_QKV, heads, hidden, spec.qkv_bias),
+            attention.row_linear("out_proj", hidden, hidden, spec.output_bias),
+            heads.num_heads,
+            heads.num_kv_heads,
             spec.head_dim,
         )
         norm = loader.under("self_attn_layer_norm")
         self._attention_norm = LayerNorm(norm, hidden, spec.norm_eps, spec.norm_affine)
-        self._up = loader.linear(["fc1"], [spec.intermediate_size], hidden, spec.mlp_bias)
-        self._down = loader.linear(["fc2"], [hidden], spec.intermediate_size, spec.mlp_bias)
+        self._up = loader.column_linear(["fc1"], [spec.intermediate_size], hidden, spec.mlp_bias)
+        self._down = loader.row_linear("fc2", hidden, spec.intermediate_size, spec.mlp_bias)
         norm = loader.under("final_layer_norm")
         self._mlp_norm = LayerNorm(norm, hidden, spec.norm_eps, spec.norm_affine)
         self._activation = _ACTIVATIONS[spec.activation]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -20,6 +21,20 @@ INDEX_FILE = "model.safetensors.index.json"
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 
 Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """Elements [start, stop) along dimension `dim` (0 or 1) of a tensor that has `whole` of them."""
+
+    dim: int
+    start: int
+    stop: int
+    whole: int
+
+    @property
+    def size(self) -> int:
+        return self.stop - self.start
 
 
 class Weights(ABC):
@@ -47,20 +62,29 @@ class Weights(ABC):
     def _check(self, name: str, shape: Shape) -> None: ...
 
     @abstractmethod
-    def _read(self, name: str, out: Tensor) -> None: ...
+    def _read(self, name: str, out: Tensor, cut: Cut | None = None) -> None: ...
 
-    def take(self, name: str, shape: Shape) -> Tensor:
-        """One tensor. Raises ModelError when it is missing or has another shape."""
-        return self.stack([(name, shape)])
+    def take(self, name: str, shape: Shape, cut: Cut | None = None) -> Tensor:
+        """One tensor of the given shape, or the cut of it, which alone is read. Raises ModelError when the
+        tensor is missing or has another shape."""
+        return self.stack([(name, shape)], () if cut is None else (cut,))
 
-    def stack(self, parts: Sequence[tuple[str, Shape]]) -> Tensor:
-        """Several tensors, one after the other along dimension 0."""
+    def stack(self, parts: Sequence[tuple[str, Shape]], cuts: Sequence[Cut] = ()) -> Tensor:
+        """Several tensors, or a cut of each, one after the other along dimension 0."""
         for name, shape in parts:
             self._check(name, shape)
-        rows = [shape[0] for _, shape in parts]
-        out = torch.empty((sum(rows), *parts[0][1][1:]), dtype=self.dtype)
-        for (name, _), target in zip(parts, out.split(rows), strict=True):
-            self._read(name, target)
+        shapes = [shape for _, shape in parts]
+        if cuts:
+            shapes = [_cut_shape(shape, cut) for shape, cut in zip(shapes, cuts, strict=True)]
+        rows = [shape[0] for shape in shapes]
+        out = torch.empty((sum(rows), *shapes[0][1:]), dtype=self.dtype)
+        for i, ((name, _), target) in enumerate(zip(parts, out.split(rows), strict=True)):
+            if not cuts:
+                self._read(name, target)
+            elif cuts[i].size:
+                self._read(name, target, cuts[i])
+            else:
+                self.skip(name)
         return out
 
 
@@ -100,10 +124,16 @@ class Checkpoint(Weights):
                 f"{entry.file}: tensor '{name}' has shape {list(entry.shape)}, expected {list(shape)}"
             )
 
-    def _read(self, name: str, out: Tensor) -> None:
+    def _read(self, name: str, out: Tensor, cut: Cut | None = None) -> None:
         entry = self._entries[name]
+        file = self._files[entry.file]
         try:
-            out.copy_(self._files[entry.file].get_tensor(name))
+            if cut is None:
+                out.copy_(file.get_tensor(name))
+            elif cut.dim == 0:
+                out.copy_(file.get_slice(name)[cut.start : cut.stop])
+            else:
+                out.copy_(file.get_slice(name)[:, cut.start : cut.stop])
         except SafetensorError:
             raise ModelError(f"{entry.file}: tensor '{name}' cannot be read") from None
         self._count(name)
@@ -155,16 +185,43 @@ class DummyWeights(Weights):
         if min(shape) < 1:
             raise ModelError(f"config.json: shape {list(shape)} of tensor '{name}' is empty")
 
-    def _read(self, name: str, out: Tensor) -> None:
+    def _read(self, name: str, out: Tensor, cut: Cut | None = None) -> None:
         if out.dim() == 1:
             out.fill_(0.0 if name.endswith("bias") else 1.0)
         else:
-            scale = 1.0 if "embed" in name else 1.0 / math.sqrt(out.shape[-1])
+            columns = out.shape[-1] if cut is None or cut.dim == 0 else cut.whole
+            scale = 1.0 if "embed" in name else 1.0 / math.sqrt(columns)
             pool = (self._pool * scale).to(out.dtype)
-            for piece in out.view(-1).split(pool.numel()):
-                piece.copy_(pool[: piece.numel()])
+            if cut is None or cut.dim == 0:
+                _lay(out.view(-1), pool, 0 if cut is None else cut.start * columns)
+            else:
+                _lay_columns(out, pool, cut)
         self._done += out.numel() * out.element_size()
         self._on_progress(self._done, 0)
+
+
+def _lay(out: Tensor, pool: Tensor, first: int) -> None:
+    """Fills a flat tensor with the pool, again and again, from its element `first` on."""
+    filled = 0
+    while filled < out.numel():
+        begin = (first + filled) % pool.numel()
+        count = min(pool.numel() - begin, out.numel() - filled)
+        out[filled : filled + count] = pool[begin : begin + count]
+        filled += count
+
+
+def _lay_columns(out: Tensor, pool: Tensor, cut: Cut) -> None:
+    """The columns of the cut of what `_lay` makes of the whole tensor."""
+    at_once = max(1, pool.numel() // cut.whole)
+    for top in range(0, len(out), at_once):
+        part = out[top : top + at_once]
+        rows = torch.empty((len(part), cut.whole), dtype=out.dtype)
+        _lay(rows.view(-1), pool, top * cut.whole)
+        part.copy_(rows[:, cut.start : cut.stop])
+
+
+def _cut_shape(shape: Shape, cut: Cut) -> Shape:
+    return (*shape[: cut.dim], cut.size, *shape[cut.dim + 1 :])
 
 
 def _list_tensors(folder: Path) -> tuple[dict[str, TensorEntry], list[str]]:

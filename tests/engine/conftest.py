@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 _HERE = Path(__file__).parent
 _SERVER_PACKAGES = ("grpc", "grpc_health", "grpc_status", "prometheus_client", "pydantic", "pytest_asyncio")
-_SERVER_TESTS = ("server", "multiplex", "faults", "validation", "real_model", "example")
+_SERVER_TESTS = ("server", "multiplex", "faults", "validation", "real_model", "example", "tensor_parallel")
 _PROPERTY_TESTS = ("scheduler", "block_pool", "validation")
 
 

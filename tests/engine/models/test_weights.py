@@ -13,7 +13,7 @@ from penstock.engine_service.backends.cpu import CpuBackend
 from penstock.engine_service.models.config import read_spec
 from penstock.engine_service.models.errors import ModelError
 from penstock.engine_service.models.registry import build_model
-from penstock.engine_service.models.weights import Checkpoint, DummyWeights, Weights
+from penstock.engine_service.models.weights import Checkpoint, Cut, DummyWeights, Weights
 
 Q, K = "model.layers.0.self_attn.q_proj.weight", "model.layers.0.self_attn.k_proj.weight"
 
@@ -38,8 +38,8 @@ class Recorder(Weights):
     def _check(self, name: str, shape: tuple[int, ...]) -> None:
         self.inner._check(name, shape)
 
-    def _read(self, name: str, out: Tensor) -> None:
-        self.inner._read(name, out)
+    def _read(self, name: str, out: Tensor, cut: Cut | None = None) -> None:
+        self.inner._read(name, out, cut)
         self.taken.append((name, out.shape))
         assert torch.isfinite(out).all()
 
