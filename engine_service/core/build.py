@@ -10,9 +10,11 @@ import torch
 
 from penstock.engine_service.backends.base import Backend
 from penstock.engine_service.backends.cpu import CpuBackend
+from penstock.engine_service.core.device_build import DeviceParts, device_parts, suits
 from penstock.engine_service.core.memory import block_bytes, make_kv_caches, num_blocks
 from penstock.engine_service.core.messages import Configure, Ready
-from penstock.engine_service.core.runner import Runner
+from penstock.engine_service.core.plan import Runner
+from penstock.engine_service.core.runner import Runner as HostRunner
 from penstock.engine_service.core.sampler import Sampler
 from penstock.engine_service.models.config import DTYPES, ModelSpec, read_spec
 from penstock.engine_service.models.errors import ModelError
@@ -56,27 +58,50 @@ def build(configure: Configure, on_progress: Callable[[int, int], None]) -> Buil
     weights = _weights(configure, folder, spec, on_progress)
     with torch.inference_mode():
         model = build_model(spec, weights, backend, max_model_len)
-        size = block_bytes(spec, configure.block_size, weights.dtype)
-        blocks = num_blocks(
-            block_bytes=size,
-            block_size=configure.block_size,
-            max_model_len=max_model_len,
-            max_num_seqs=configure.max_num_seqs,
-            available_bytes=backend.available_memory(),
-            default_bytes=backend.kv_cache_budget(configure.gpu_memory_utilization),
-            asked_blocks=configure.num_kv_blocks,
-            asked_bytes=configure.kv_cache_memory_bytes,
-        )
-        kv_caches = make_kv_caches(spec, blocks, configure.block_size, weights.dtype, backend.device)
-    sampler = Sampler(spec.vocab_size, backend.device, configure.seed)
+    parts = None
+    if suits(backend):
+        parts = device_parts(configure, model, spec, backend, weights.dtype, weights.dtype, max_model_len)
+    available, default = _kv_memory(configure, backend, parts)
+    blocks = num_blocks(
+        block_bytes=block_bytes(spec, configure.block_size, weights.dtype),
+        block_size=configure.block_size,
+        max_model_len=max_model_len,
+        max_num_seqs=configure.max_num_seqs,
+        available_bytes=available,
+        default_bytes=default,
+        asked_blocks=configure.num_kv_blocks,
+        asked_bytes=configure.kv_cache_memory_bytes,
+    )
+    runner: Runner
+    if parts is not None:
+        runner = parts.build(blocks)
+    else:
+        with torch.inference_mode():
+            kv_caches = make_kv_caches(spec, blocks, configure.block_size, weights.dtype, backend.device)
+        sampler = Sampler(spec.vocab_size, backend.device, configure.seed)
+        runner = HostRunner(model, backend, kv_caches, sampler, configure.block_size)
     return Built(
-        runner=Runner(model, backend, kv_caches, sampler, configure.block_size),
+        runner=runner,
         ready=_ready(configure, spec, generation, weights.dtype, backend, max_model_len, blocks),
         num_blocks=blocks,
         block_size=configure.block_size,
         max_model_len=max_model_len,
         vocab_size=spec.vocab_size,
     )
+
+
+def _kv_memory(configure: Configure, backend: Backend, parts: DeviceParts | None) -> tuple[int, int]:
+    """Bytes that a KV cache could take, and those it takes when nobody says how many."""
+    if parts is None:
+        return backend.available_memory(), backend.kv_cache_budget(configure.gpu_memory_utilization)
+    try:
+        memory = parts.measure()
+    except torch.OutOfMemoryError:
+        raise ModelError(
+            f"a step of {configure.max_num_batched_tokens} tokens and {configure.max_num_seqs} sequences "
+            "does not fit the device beside the weights: lower --max-num-batched-tokens or --max-num-seqs"
+        ) from None
+    return memory.available(parts.record), memory.kv_budget(configure.gpu_memory_utilization, parts.record)
 
 
 def make_backend(device: str, threads: int) -> Backend:

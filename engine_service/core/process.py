@@ -9,33 +9,37 @@ Exit codes: 0 asked to, or the parent is gone; 1 the loop failed; 3 the model ca
 from __future__ import annotations
 
 import argparse
-import ctypes
+import dataclasses
 import faulthandler
 import gc
-import json
 import logging
 import os
 import signal
 import socket
 import sys
 import threading
-import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-import msgspec
-
+from penstock.engine_service.core.child import (
+    EXIT_MODEL,
+    EXIT_OK,
+    EXIT_RUNTIME,
+    follow_parent,
+    log_to_stderr,
+)
 from penstock.engine_service.core.faults import EngineFatal
-from penstock.engine_service.core.inbox import Inbox, SocketReader, SocketWriter
-from penstock.engine_service.core.loop import EngineLoop, Runner
+from penstock.engine_service.core.inbox import Inbox, Outbox
+from penstock.engine_service.core.loop import EngineLoop
 from penstock.engine_service.core.messages import Configure, LoadFailed, Progress, Ready
+from penstock.engine_service.core.plan import Runner
 
 log = logging.getLogger("penstock.engine.process")
 
-EXIT_OK, EXIT_RUNTIME, EXIT_MODEL = 0, 1, 3
-# How long the loop may take to notice the end of its input before the process is ended under it.
+# How long the loop may take to notice the end of its input, or a Shutdown (a step may be running), before the
+# process is ended under it.
 _END_GRACE_S = 1.0
-_PR_SET_PDEATHSIG = 1
+_SHUTDOWN_GRACE_S = 2.0
 
 
 class Built(Protocol):
@@ -57,8 +61,8 @@ def main(
     """The life of a core. build and model_errors (what means "this folder is unusable") are given by tests
     that need no model."""
     options = _parse(arguments)
-    _log_to_stderr(options.log_level, options.log_format)
-    _follow_parent(options.parent)
+    log_to_stderr(options.log_level, options.log_format)
+    follow_parent(options.parent)
     # The terminal's Ctrl-C and a TERM to the whole group reach the parent too, which drains first.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -66,10 +70,18 @@ def main(
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     if build is None:
         build, model_errors = _real_build()
+    # Late, because only a process of its own needs the codec's package.
+    from penstock.engine_service.core.sockets import SocketReader, SocketWriter
+
     connection = socket.socket(fileno=options.fd)
     loop_done = threading.Event()
     inbox = Inbox()
-    reader = SocketReader(connection, inbox, lambda: _end_soon(loop_done))
+    reader = SocketReader(
+        connection,
+        inbox,
+        on_shutdown=lambda: _watch_the_end(loop_done),
+        on_end=lambda: _end_soon(loop_done, _END_GRACE_S),
+    )
     reader.start()
     try:
         code = _serve(inbox, SocketWriter(connection), build, model_errors)
@@ -80,9 +92,7 @@ def main(
     return EXIT_RUNTIME if reader.error is not None else code
 
 
-def _serve(
-    inbox: Inbox, outbox: SocketWriter, build: Build, model_errors: tuple[type[Exception], ...]
-) -> int:
+def _serve(inbox: Inbox, outbox: Outbox, build: Build, model_errors: tuple[type[Exception], ...]) -> int:
     configure = _first_message(inbox)
     if configure is None:
         return EXIT_OK
@@ -92,21 +102,11 @@ def _serve(
         outbox.send(LoadFailed(str(error)))
         return EXIT_MODEL
     ready = built.ready
-    loop = EngineLoop(
-        built.runner,
-        inbox,
-        outbox,
-        num_blocks=ready.kv_blocks,
-        block_size=ready.kv_block_size,
-        max_num_seqs=configure.max_num_seqs,
-        max_num_batched_tokens=configure.max_num_batched_tokens,
-        max_model_len=ready.max_model_len,
-        enable_prefix_caching=configure.enable_prefix_caching,
-    )
+    loop = EngineLoop.of_model(configure, ready, built.runner, inbox, outbox)
     # What is alive now lives for ever: keep the collector from walking it again and again.
     gc.collect()
     gc.freeze()
-    outbox.send(msgspec.structs.replace(ready, max_model_len=loop.scheduler.max_model_len))
+    outbox.send(dataclasses.replace(ready, max_model_len=loop.scheduler.max_model_len))
     try:
         loop.run()
     except EngineFatal as error:
@@ -123,18 +123,16 @@ def _first_message(inbox: Inbox) -> Configure | None:
     return None
 
 
-def _end_soon(loop_done: threading.Event) -> None:
-    """Runs in the input thread when it ends: without input the process is useless, whatever the loop does."""
-    if not loop_done.wait(_END_GRACE_S):
+def _watch_the_end(loop_done: threading.Event) -> None:
+    """After a Shutdown: the input thread itself must go on reading."""
+    threading.Thread(target=_end_soon, args=(loop_done, _SHUTDOWN_GRACE_S), daemon=True).start()
+
+
+def _end_soon(loop_done: threading.Event, grace_s: float) -> None:
+    """Without input, or told to end, the process is useless, whatever its loop does."""
+    if not loop_done.wait(grace_s):
+        log.error("a step does not end: ending the process under it")
         os._exit(EXIT_RUNTIME)
-
-
-def _follow_parent(parent: int) -> None:
-    """Asks the kernel (Linux) to kill this process when its parent dies."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if parent and os.getppid() != parent:
-        sys.exit(EXIT_OK)
 
 
 def _real_build() -> tuple[Build, tuple[type[Exception], ...]]:
@@ -152,32 +150,6 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--log-level", default="info")
     parser.add_argument("--log-format", default="text", choices=["text", "json"])
     return parser.parse_args(arguments)
-
-
-class _JsonLines(logging.Formatter):
-    def format(self, record: logging.LogRecord) -> str:
-        line = {
-            "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
-            + f".{int(record.msecs):03d}Z",
-            "level": record.levelname.lower(),
-            "service": "engine-core",
-            "logger": record.name,
-            "message": record.getMessage(),
-        }
-        if record.exc_info:
-            line["exception"] = self.formatException(record.exc_info)
-        return json.dumps(line, ensure_ascii=False)
-
-
-def _log_to_stderr(level: str, style: str) -> None:
-    """The same lines as the other processes write; this one must run where their packages are missing."""
-    handler = logging.StreamHandler(sys.stderr)
-    text = logging.Formatter("%(asctime)s %(levelname).1s engine-core: %(message)s", "%H:%M:%S")
-    handler.setFormatter(_JsonLines() if style == "json" else text)
-    root = logging.getLogger()
-    root.handlers[:] = [handler]
-    root.setLevel(logging.WARNING)
-    logging.getLogger("penstock").setLevel(level.upper())
 
 
 if __name__ == "__main__":
