@@ -12,15 +12,18 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from penstock.engine_service.backends.cpu import CpuBackend
 from penstock.engine_service.core.memory import make_kv_caches
 from penstock.engine_service.core.messages import AddRequest, Sampling
-from penstock.engine_service.core.request import Request, ScheduledSequence, Sequence, StepPlan
+from penstock.engine_service.core.plan import StepPlan
+from penstock.engine_service.core.request import Request
 from penstock.engine_service.core.runner import Runner
 from penstock.engine_service.core.sampler import Sampler
+from penstock.engine_service.core.slots import SlotTable
 from penstock.engine_service.models.config import ModelSpec, read_spec
 from penstock.engine_service.models.registry import build_model
 from penstock.engine_service.models.weights import DummyWeights
@@ -55,19 +58,28 @@ class CountingBackend(CpuBackend):
         return linear
 
 
-def sequences(count: int, context: int) -> list[Sequence]:
-    """Running sequences whose blocks are scattered over the cache."""
+def decode_plan(count: int, context: int) -> StepPlan:
+    """A step of running sequences whose blocks are scattered over the cache."""
     blocks_each = -(-(context + 64) // BLOCK_SIZE)
     order = torch.randperm(count * blocks_each, generator=torch.Generator().manual_seed(0)).tolist()
-    made = []
+    table = SlotTable(count, blocks_each * BLOCK_SIZE, BLOCK_SIZE)
+    sequences = []
     for i in range(count):
-        params = AddRequest(i, [1] * context, Sampling(temperature=0.0))
-        sequence = Request.create(params).sequences[0]
-        sequence.slot = i
-        sequence.num_computed_tokens = context - 1
-        sequence.block_table = order[i * blocks_each : (i + 1) * blocks_each]
-        made.append(sequence)
-    return made
+        sequence = Request.create(AddRequest(i, [1] * context, Sampling(temperature=0.0))).sequences[0]
+        table.take(i, sequence)
+        table.append_blocks(i, order[i * blocks_each : (i + 1) * blocks_each])
+        sequences.append(sequence)
+    return StepPlan(
+        table,
+        sequences,
+        slots=np.arange(count),
+        starts=np.full(count, context - 1, np.int32),
+        counts=np.ones(count, np.int32),
+        samples=np.ones(count, np.bool_),
+        pending=np.zeros(count, np.bool_),
+        num_decodes=count,
+        epochs=table.epochs.copy(),
+    )
 
 
 def best_ms(work: Callable[[], object], repeats: int, clock: Callable[[], float]) -> float:
@@ -112,7 +124,7 @@ def main() -> None:
     sampler = Sampler(spec.vocab_size, backend.device, 0)
     runner = Runner(model, backend, kv_caches, sampler, BLOCK_SIZE)
     for batch in arguments.batch:
-        plan = StepPlan([ScheduledSequence(sequence, 1) for sequence in sequences(batch, arguments.context)])
+        plan = decode_plan(batch, arguments.context)
         step = best_ms(lambda plan=plan: runner.run(plan), arguments.repeats, clock)
         with torch.inference_mode():
             linears = best_ms(lambda: run_linears(backend.made, batch), arguments.repeats, clock)  # noqa: B023

@@ -65,6 +65,12 @@ class EngineConfig(Config):
         0.9, gt=0, le=1, description="share of the device's memory that may be used"
     )
     enable_prefix_caching: bool = Field(True, description="reuse keys and values of equal prompt beginnings")
+    enforce_eager: bool = Field(
+        False, description="launch every kernel of a step by itself, record no CUDA graphs"
+    )
+    async_scheduling: bool = Field(
+        True, description="on CUDA, prepare each step while the one before it runs"
+    )
     threads: int = Field(0, ge=0, le=1024, description="compute threads of the CPU backend; 0: decide")
     tensor_parallel_size: int = Field(
         1, ge=1, le=1024, description="processes that hold the model together, each a part, each on a device"
@@ -160,6 +166,8 @@ class EngineConfig(Config):
             kv_cache_memory_bytes=parse_size(self.kv_cache_memory),
             gpu_memory_utilization=self.gpu_memory_utilization,
             enable_prefix_caching=self.enable_prefix_caching,
+            enforce_eager=self.enforce_eager,
+            lookahead=self.async_scheduling,
             threads=self.threads,
             quantization="" if self.quantization == "none" else self.quantization,
             kv_cache_dtype=self.kv_cache_dtype,

@@ -9,16 +9,8 @@ import socket
 import sys
 from collections.abc import Mapping, Sequence
 
-import msgspec
-
-from penstock.engine_service.core.messages import (
-    FRAME_HEADER_BYTES,
-    MAX_FRAME_BYTES,
-    FromCore,
-    ToCore,
-    decode_from_core,
-    encode,
-)
+from penstock.engine_service.core import wire
+from penstock.engine_service.core.messages import FromCore, ToCore
 
 COMMAND = (sys.executable, "-P", "-m", "penstock.engine_service.core.process")
 # Large pages for what malloc maps: packed weights are read some 15 % faster at batch size 1.
@@ -88,18 +80,18 @@ class CoreProcess:
 
     def send(self, message: ToCore) -> None:
         if not self._writer.is_closing():
-            self._writer.write(encode(message))
+            self._writer.write(wire.encode(message))
 
     async def receive(self) -> FromCore:
         """The next message. Raises CoreGone. Waits as long as the core lives: whoever reads must also watch
         for silence."""
         try:
-            header = await self._reader.readexactly(FRAME_HEADER_BYTES)
+            header = await self._reader.readexactly(wire.FRAME_HEADER_BYTES)
             size = int.from_bytes(header, "little")
-            if size > MAX_FRAME_BYTES:
+            if size > wire.MAX_FRAME_BYTES:
                 raise CoreGone(f"a frame of {size} bytes")
-            return decode_from_core(await self._reader.readexactly(size))
-        except (asyncio.IncompleteReadError, OSError, msgspec.MsgspecError) as error:
+            return wire.decode_from_core(await self._reader.readexactly(size))
+        except (asyncio.IncompleteReadError, OSError, wire.DecodeError) as error:
             raise CoreGone(type(error).__name__) from error
 
     def kill(self) -> None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-
-import msgspec
+from dataclasses import replace
 
 from penstock.engine_service.core.messages import Load
 
@@ -63,7 +62,7 @@ class Totals:
         """Its counters join the past; its gauges are gone."""
         self._past = self.load
         self._load = Load()
-        self._past = msgspec.structs.replace(Load(), **{name: getattr(self._past, name) for name in _SUMMED})
+        self._past = replace(Load(), **{name: getattr(self._past, name) for name in _SUMMED})
 
     def sample(self, now_s: float) -> None:
         self.token_rate.sample(now_s, self.load.generation_tokens)
@@ -78,4 +77,4 @@ class Totals:
     def load(self) -> Load:
         """The core's gauges, and its counters with those of its predecessors."""
         sums = {name: getattr(self._past, name) + getattr(self._load, name) for name in _SUMMED}
-        return msgspec.structs.replace(self._load, **sums)
+        return replace(self._load, **sums)

@@ -278,7 +278,9 @@ class LLM:
         if left:
             self._inbox.put(AbortRequests(list(left)))
             self._loop.step()
-            self._outbox.take()
+        while self._loop.has_work:  # a step that is still in flight
+            self._loop.step()
+        self._outbox.take()
 
     def _apply(self, step: StepOutput, live: dict[int, Collector], failures: dict[int, str]) -> int:
         """Hands one step's events on; how many requests it ended."""
@@ -308,19 +310,7 @@ class LLM:
 
 def _load(configure: Configure, inbox: Inbox, outbox: _Outbox) -> tuple[Ready, EngineLoop]:
     built = build(configure, lambda done, total: None)
-    ready = built.ready
-    loop = EngineLoop(
-        built.runner,
-        inbox,
-        outbox,
-        num_blocks=ready.kv_blocks,
-        block_size=ready.kv_block_size,
-        max_num_seqs=configure.max_num_seqs,
-        max_num_batched_tokens=configure.max_num_batched_tokens,
-        max_model_len=ready.max_model_len,
-        enable_prefix_caching=configure.enable_prefix_caching,
-    )
-    return ready, loop
+    return built.ready, EngineLoop.of_model(configure, built.ready, built.runner, inbox, outbox)
 
 
 def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:

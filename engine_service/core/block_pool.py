@@ -5,8 +5,8 @@ sequences refer to it), cached (nobody refers to it, but its content can be foun
 Only full blocks get a hash, and a hashed block is never written again, so sharing is always read-only.
 
 A hash covers everything that decides the content: a per-process random key, the salt, and every token up to
-the end of the block (each hash takes in the one before it). The tokens are compared again on each hit, so
-even a collision could not hand out somebody else's keys and values.
+the end of the block (each hash takes in the one before it, and the first one takes in key and salt). The
+tokens are compared again on each hit, so even a collision could not hand out somebody else's keys and values.
 """
 
 from __future__ import annotations
@@ -16,15 +16,13 @@ import secrets
 from array import array
 from collections import OrderedDict
 from collections.abc import Sequence as Ids
-from typing import NamedTuple
 
 HASH_BYTES = 32
 
 
-class _Content(NamedTuple):
-    hash: bytes
-    parent: bytes
-    tokens: bytes  # the packed ids, see pack
+# (hash, parent's hash, packed ids): a plain tuple of bytes, which the garbage collector does not keep
+# visiting.
+_Content = tuple[bytes, bytes, bytes]
 
 
 def pack(token_ids: Ids[int]) -> bytes:
@@ -69,7 +67,7 @@ class BlockPool:
 
     def chain(self, parent: bytes, tokens: bytes) -> bytes:
         """The hash of a full block. tokens: its packed ids."""
-        return hashlib.blake2b(parent + tokens, key=self._key, digest_size=HASH_BYTES).digest()
+        return hashlib.blake2b(parent + tokens, digest_size=HASH_BYTES).digest()
 
     def find(self, digest: bytes, parent: bytes, tokens: bytes) -> int | None:
         """The block with exactly this content, or None."""
@@ -89,18 +87,19 @@ class BlockPool:
         first, then the cached ones unused for longest, whose content is forgotten."""
         if count > self.num_free:
             return None
-        blocks = []
-        for _ in range(count):
-            block = self._blank.pop() if self._blank else self._evict()
+        blocks = self._blank[: -count - 1 : -1]
+        del self._blank[len(self._blank) - len(blocks) :]
+        while len(blocks) < count:
+            blocks.append(self._evict())
+        for block in blocks:
             self._refs[block] = 1
-            blocks.append(block)
         return blocks
 
     def publish(self, block: int, digest: bytes, parent: bytes, tokens: bytes) -> bool:
         """Makes a full, computed block findable. False when the same content already is, elsewhere."""
         if digest in self._by_hash:
             return False
-        self._contents[block] = _Content(digest, parent, tokens)
+        self._contents[block] = (digest, parent, tokens)
         self._by_hash[digest] = block
         return True
 
@@ -132,6 +131,6 @@ class BlockPool:
         block, _ = self._cached.popitem(last=False)
         content = self._contents[block]
         if content is not None:
-            del self._by_hash[content.hash]
+            del self._by_hash[content[0]]
             self._contents[block] = None
         return block

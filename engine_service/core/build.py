@@ -13,9 +13,11 @@ from torch import Tensor
 from penstock.engine_service.backends.base import Backend
 from penstock.engine_service.backends.cpu import CpuBackend
 from penstock.engine_service.backends.quantized import quantized
+from penstock.engine_service.core.device_build import DeviceParts, device_parts, suits
 from penstock.engine_service.core.memory import block_bytes, cache_dtype, make_kv_caches, num_blocks
 from penstock.engine_service.core.messages import Configure, Ready
-from penstock.engine_service.core.runner import Runner
+from penstock.engine_service.core.plan import Runner
+from penstock.engine_service.core.runner import Runner as HostRunner
 from penstock.engine_service.core.sampler import Sampler
 from penstock.engine_service.models.config import DTYPES, ModelSpec, read_spec
 from penstock.engine_service.models.errors import ModelError
@@ -73,9 +75,14 @@ def build(configure: Configure, on_progress: Callable[[int, int], None]) -> Buil
 
         group.lead()
         model = ParallelModel(model, group)
-    sampler = Sampler(spec.vocab_size, backend.device, configure.seed)
+    runner: Runner
+    if loaded.parts is not None:
+        runner = loaded.parts.build(loaded.num_blocks)
+    else:
+        sampler = Sampler(spec.vocab_size, backend.device, configure.seed)
+        runner = HostRunner(model, backend, loaded.kv_caches, sampler, configure.block_size)
     return Built(
-        runner=Runner(model, backend, loaded.kv_caches, sampler, configure.block_size),
+        runner=runner,
         ready=_ready(configure, spec, generation, loaded),
         num_blocks=loaded.num_blocks,
         block_size=configure.block_size,
@@ -86,7 +93,7 @@ def build(configure: Configure, on_progress: Callable[[int, int], None]) -> Buil
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """One rank's part of the model, on its device."""
+    """One rank's part of the model, on its device. With `parts`, the KV cache is still to be made of them."""
 
     model: Model
     backend: Backend
@@ -94,6 +101,7 @@ class Loaded:
     kv_caches: list[Tensor]
     num_blocks: int
     max_model_len: int
+    parts: DeviceParts | None = None
 
 
 def load(
@@ -114,13 +122,19 @@ def load(
         sharers = group.local_size if group is not None and backend.device.type == "cpu" else 1
         with torch.inference_mode():
             model = build_model(spec, weights, backend, max_model_len, group or ALONE)
+        parts = None
+        # Ranks compute each step together, which the host has to lead.
+        if group is None and suits(backend):
+            dtype = weights.dtype
+            parts = device_parts(configure, model, own_spec, backend, dtype, kv_dtype, max_model_len)
+        available, default = _kv_memory(configure, backend, parts)
         blocks = num_blocks(
             block_bytes=block_bytes(own_spec, configure.block_size, kv_dtype),
             block_size=configure.block_size,
             max_model_len=max_model_len,
             max_num_seqs=configure.max_num_seqs,
-            available_bytes=backend.available_memory() // sharers,
-            default_bytes=backend.kv_cache_budget(configure.gpu_memory_utilization) // sharers,
+            available_bytes=available // sharers,
+            default_bytes=default // sharers,
             asked_blocks=configure.num_kv_blocks,
             asked_bytes=configure.kv_cache_memory_bytes,
         )
@@ -131,9 +145,25 @@ def load(
     if group is not None:
         group.agree(_LOADED)
         blocks = group.minimum(blocks)
+    if parts is not None:
+        return Loaded(model, backend, weights.dtype, [], blocks, max_model_len, parts)
     with torch.inference_mode():
         kv_caches = make_kv_caches(own_spec, blocks, configure.block_size, kv_dtype, backend.device)
     return Loaded(model, backend, weights.dtype, kv_caches, blocks, max_model_len)
+
+
+def _kv_memory(configure: Configure, backend: Backend, parts: DeviceParts | None) -> tuple[int, int]:
+    """Bytes that a KV cache could take, and those it takes when nobody says how many."""
+    if parts is None:
+        return backend.available_memory(), backend.kv_cache_budget(configure.gpu_memory_utilization)
+    try:
+        memory = parts.measure()
+    except torch.OutOfMemoryError:
+        raise ModelError(
+            f"a step of {configure.max_num_batched_tokens} tokens and {configure.max_num_seqs} sequences "
+            "does not fit the device beside the weights: lower --max-num-batched-tokens or --max-num-seqs"
+        ) from None
+    return memory.available(parts.record), memory.kv_budget(configure.gpu_memory_utilization, parts.record)
 
 
 def make_backend(configure: Configure, local_rank: int = 0, local_size: int = 1) -> Backend:

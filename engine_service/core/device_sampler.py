@@ -215,7 +215,7 @@ class DeviceSampler:
                 raise ValueError(
                     f"{sequence.num_output_tokens} output tokens are known at position {position}"
                 )
-            return state.edits(sequence)
+            return state.edits(sequence, position)
         banned = state.banned
         if position < state.min_new_tokens:
             banned = np.concatenate([banned, state.end_ids])

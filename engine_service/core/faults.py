@@ -11,7 +11,8 @@ from __future__ import annotations
 import logging
 
 from penstock.engine_service.core.messages import RequestError
-from penstock.engine_service.core.request import Request, StepPlan
+from penstock.engine_service.core.plan import StepPlan
+from penstock.engine_service.core.request import Request
 from penstock.engine_service.core.scheduler import Scheduler
 
 log = logging.getLogger("penstock.engine.faults")
@@ -36,11 +37,11 @@ class FaultPolicy:
     def step_failed(self, plan: StepPlan, error: Exception) -> list[tuple[Request, RequestError]]:
         """The requests to refuse, with their errors; the rest of the plan is in quarantine. Raises
         EngineFatal after too many failures in a row."""
-        log.error("a step with %d sequences failed", len(plan.scheduled), exc_info=error)
+        log.error("a step with %d sequences failed", len(plan), exc_info=error)
         self._in_a_row += 1
         if self._in_a_row >= MAX_FAILURES_IN_A_ROW:
             raise EngineFatal("every step fails") from error
-        requests = {item.sequence.request.id: item.sequence.request for item in plan.scheduled}
+        requests = {sequence.request.id: sequence.request for sequence in plan.sequences}
         refused = []
         for request in requests.values():
             strikes = self._strikes.get(request.id, 0) + 1

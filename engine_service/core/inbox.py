@@ -1,27 +1,14 @@
 """The loop's two ends: where messages to the core arrive, and where its answers go. Knows no scheduler.
 
-Over a socket a thread of its own fills the inbox, so that reading never waits for a step. In process (offline
-batches, tests) a plain list does.
+A process fills the inbox from a socket (see sockets); offline batches and tests do it themselves.
 """
 
 from __future__ import annotations
 
-import logging
-import socket
 import threading
-from collections.abc import Callable
 from typing import Protocol
 
-from penstock.engine_service.core.messages import (
-    FRAME_HEADER_BYTES,
-    MAX_FRAME_BYTES,
-    FromCore,
-    ToCore,
-    decode_to_core,
-    encode,
-)
-
-log = logging.getLogger("penstock.engine.inbox")
+from penstock.engine_service.core.messages import FromCore, ToCore
 
 
 class Outbox(Protocol):
@@ -60,39 +47,3 @@ class Inbox:
                 self._changed.wait(timeout_s)
             messages, self._messages = self._messages, []
             return messages
-
-
-class SocketReader(threading.Thread):
-    """Reads frames into an inbox until the other side is gone; `error` then says why, None when the stream
-    ended between two frames. on_end is called last."""
-
-    def __init__(self, connection: socket.socket, inbox: Inbox, on_end: Callable[[], None]) -> None:
-        super().__init__(name="core-input", daemon=True)
-        self.error: BaseException | None = None
-        self._file = connection.makefile("rb")
-        self._inbox = inbox
-        self._on_end = on_end
-
-    def run(self) -> None:
-        try:
-            while header := self._file.read(FRAME_HEADER_BYTES):
-                size = int.from_bytes(header, "little")
-                if len(header) < FRAME_HEADER_BYTES or size > MAX_FRAME_BYTES:
-                    raise ValueError("a broken frame")
-                self._inbox.put(decode_to_core(self._file.read(size)))
-        except BaseException as error:
-            self.error = error
-            log.error("the input of the core failed", exc_info=error)
-        finally:
-            self._inbox.close()
-            self._on_end()
-
-
-class SocketWriter:
-    """Sends frames at once. Raises OSError when the other side is gone."""
-
-    def __init__(self, connection: socket.socket) -> None:
-        self._connection = connection
-
-    def send(self, message: FromCore) -> None:
-        self._connection.sendall(encode(message))

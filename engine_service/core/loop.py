@@ -1,34 +1,23 @@
-"""The core's loop: receive, schedule, run, postprocess, send. What each of them means is known elsewhere."""
+"""The core's loop: receive, take steps, send. What each of them means is known elsewhere."""
 
 from __future__ import annotations
 
 import logging
-import time
-from typing import Protocol
 
-from penstock.engine_service.core import messages
-from penstock.engine_service.core.faults import FaultPolicy
+from penstock.engine_service.core import clock, messages
 from penstock.engine_service.core.inbox import Inbox, Outbox
 from penstock.engine_service.core.messages import RequestError
+from penstock.engine_service.core.pipeline import Pipeline
+from penstock.engine_service.core.plan import Drafter, Runner
 from penstock.engine_service.core.postprocess import Postprocessor
 from penstock.engine_service.core.report import Counters, StepReport
-from penstock.engine_service.core.request import Sequence, SequenceResult, StepPlan
+from penstock.engine_service.core.request import Sequence
 from penstock.engine_service.core.scheduler import Scheduler
 
 log = logging.getLogger("penstock.engine.loop")
 
 # An idle loop looks at deadlines at least this often.
 _IDLE_WAIT_S = 1.0
-
-
-class Runner(Protocol):
-    """Computes a step. An exception means the step as a whole failed; what belongs to one sequence comes back
-    as the error of its result."""
-
-    def run(self, plan: StepPlan) -> list[SequenceResult]: ...
-
-    def forget(self, sequence: Sequence) -> None:
-        """The sequence has lost its slot; it may come back, with all its tokens to compute again."""
 
 
 class EngineLoop:
@@ -46,6 +35,7 @@ class EngineLoop:
         max_num_batched_tokens: int,
         max_model_len: int,
         enable_prefix_caching: bool = True,
+        drafter: Drafter | None = None,
     ) -> None:
         self._runner = runner
         self._inbox = inbox
@@ -58,11 +48,41 @@ class EngineLoop:
             max_model_len=max_model_len,
             enable_prefix_caching=enable_prefix_caching,
             on_release=self._forget,
+            is_exact=runner.needs_host_tokens,
+            drafter=drafter,
         )
         self.counters = Counters()
         self._postprocessor = Postprocessor(self.scheduler, self.counters)
-        self._faults = FaultPolicy(self.scheduler)
+        self._pipeline = Pipeline(runner, self.scheduler, self._postprocessor, self.counters)
         self._shutdown = False
+
+    @classmethod
+    def of_model(
+        cls,
+        configure: messages.Configure,
+        ready: messages.Ready,
+        runner: Runner,
+        inbox: Inbox,
+        outbox: Outbox,
+        drafter: Drafter | None = None,
+    ) -> EngineLoop:
+        """The loop of a model that has been built as `configure` asked."""
+        return cls(
+            runner,
+            inbox,
+            outbox,
+            num_blocks=ready.kv_blocks,
+            block_size=ready.kv_block_size,
+            max_num_seqs=configure.max_num_seqs,
+            max_num_batched_tokens=configure.max_num_batched_tokens,
+            max_model_len=ready.max_model_len,
+            enable_prefix_caching=configure.enable_prefix_caching,
+            drafter=drafter,
+        )
+
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_work or self._pipeline.busy
 
     def run(self) -> None:
         """Runs until a Shutdown message or the end of the inbox. Raises EngineFatal when no step succeeds."""
@@ -72,12 +92,10 @@ class EngineLoop:
     def step(self, wait_s: float = 0.0) -> None:
         """One turn. wait_s: longest wait for a first message when there is no work."""
         report = StepReport(self.counters)
-        for message in self._inbox.take(0.0 if self.scheduler.has_work else wait_s):
+        for message in self._inbox.take(0.0 if self.has_work else wait_s):
             self._receive(message, report)
-        plan = self._schedule(report)
-        if plan.scheduled:
-            self._execute(plan, report)
-        if plan.scheduled or not report.empty:
+        finished = self._pipeline.turn(report)
+        if finished or not report.empty:
             self._outbox.send(report.build(self.load()))
 
     def load(self) -> messages.Load:
@@ -98,28 +116,6 @@ class EngineLoop:
             case messages.Shutdown():
                 self._shutdown = True
 
-    def _schedule(self, report: StepReport) -> StepPlan:
-        now_us = monotonic_us()
-        for request, error in self.scheduler.expire(now_us):
-            self._postprocessor.failed(request, error, report)
-        plan, casualties = self.scheduler.schedule(now_us)
-        for request, error in casualties:
-            self._postprocessor.failed(request, error, report)
-        return plan
-
-    def _execute(self, plan: StepPlan, report: StepReport) -> None:
-        self.counters.steps += 1
-        try:
-            results = self._runner.run(plan)
-            if len(results) != len(plan.scheduled):
-                raise RuntimeError(f"{len(results)} results for {len(plan.scheduled)} sequences")
-        except Exception as error:
-            for request, refusal in self._faults.step_failed(plan, error):
-                self._postprocessor.fail(request, refusal, report)
-            return
-        self._faults.step_succeeded()
-        self._postprocessor.apply(plan, results, report, monotonic_us())
-
     def _add(self, params: messages.AddRequest, report: StepReport) -> None:
         self.counters.accepted += 1
         try:
@@ -137,7 +133,7 @@ class EngineLoop:
         if request is None:
             return
         if tell:
-            report.add_aborted(request, monotonic_us())
+            report.add_aborted(request, clock.monotonic_us())
         else:
             report.count_silent_end()
         self.scheduler.remove(request)
@@ -154,8 +150,4 @@ class EngineLoop:
         deadline = self.scheduler.next_deadline_us
         if deadline is None:
             return _IDLE_WAIT_S
-        return min(_IDLE_WAIT_S, max(0.0, (deadline - monotonic_us()) / 1e6))
-
-
-def monotonic_us() -> int:
-    return time.monotonic_ns() // 1000
+        return min(_IDLE_WAIT_S, max(0.0, (deadline - clock.monotonic_us()) / 1e6))

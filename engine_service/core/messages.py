@@ -1,12 +1,12 @@
 """Messages between the engine's server process and its core, and the error a request can end with.
 
-msgspec structs, msgpack on the wire, one frame each (4-byte little-endian length, then the body). Plain
-numbers, bytes and lists: nothing here knows torch, gRPC or text.
+Plain numbers and lists: nothing here knows torch, gRPC or text, nor how a message travels (see wire).
 """
 
 from __future__ import annotations
 
-import msgspec
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 # Finish codes of a choice, equal to penstock.v1.FinishReason.
 RUNNING = 0
@@ -25,7 +25,8 @@ class RequestError(Exception):
         self.param = param
 
 
-class Sampling(msgspec.Struct, array_like=True, frozen=True):
+@dataclass(slots=True, frozen=True)
+class Sampling:
     """How the next token is chosen; every default resolved. Ranges as in engine.proto's SamplingParams."""
 
     temperature: float = 1.0
@@ -36,15 +37,16 @@ class Sampling(msgspec.Struct, array_like=True, frozen=True):
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
-    logit_bias: dict[int, float] = {}
-    allowed_token_ids: list[int] = []
-    bad_words: list[list[int]] = []
+    logit_bias: dict[int, float] = field(default_factory=dict)
+    allowed_token_ids: list[int] = field(default_factory=list)
+    bad_words: list[list[int]] = field(default_factory=list)
     logprobs: int | None = None  # alternatives per token
     prompt_logprobs: int | None = None
-    logprob_token_ids: list[int] = []
+    logprob_token_ids: list[int] = field(default_factory=list)
 
 
-class Configure(msgspec.Struct, tag="configure", array_like=True, frozen=True):
+@dataclass(slots=True, frozen=True)
+class Configure:
     """The first message: what to load and within which limits. 0 or "" means: decide from the machine."""
 
     model_path: str  # a local folder
@@ -67,19 +69,24 @@ class Configure(msgspec.Struct, tag="configure", array_like=True, frozen=True):
     nnodes: int = 1  # machines they are on; a divisor of tensor_parallel_size
     master_addr: str = ""  # where ranks of several machines meet
     master_port: int = 0
+    enforce_eager: bool = False  # no recorded CUDA graphs
+    lookahead: bool = True  # on CUDA, start a step before the one before it is done
 
 
-class AddRequest(msgspec.Struct, tag="add", array_like=True):
+@dataclass(slots=True)
+class AddRequest:
     """A new request. `id` is the server's own, unique for the life of the core."""
 
     id: int
-    prompt: list[int]
-    sampling: Sampling = Sampling()
+    prompt: Sequence[int]  # ids; comes out of the wire as an array of 32-bit integers
+    sampling: Sampling = field(default_factory=Sampling)
     n: int = 1
     max_new_tokens: int = 16  # per choice, already clamped to the context
     min_new_tokens: int = 0
-    stop_token_ids: list[int] = []  # beside the end-of-sequence ids
-    eos_token_ids: list[int] = []  # empty with ignore_eos; the min_new_tokens ban covers both lists
+    stop_token_ids: list[int] = field(default_factory=list)  # beside the end-of-sequence ids
+    eos_token_ids: list[int] = field(
+        default_factory=list
+    )  # empty with ignore_eos; the min_new_tokens ban covers both lists
     priority: int = 0  # lower first
     cache_salt: str = ""
     skip_cache_read: bool = False
@@ -88,31 +95,36 @@ class AddRequest(msgspec.Struct, tag="add", array_like=True):
     deadline_us: int = 0  # monotonic; 0: none. Unfinished by then: timeout
 
 
-class AbortRequests(msgspec.Struct, tag="abort", array_like=True):
+@dataclass(slots=True)
+class AbortRequests:
     """Ends requests. With `report`, each choice gets a Finish with ABORTED; without, silence."""
 
     ids: list[int]
     report: bool = False
 
 
-class Ping(msgspec.Struct, tag="ping", array_like=True):
+@dataclass(slots=True)
+class Ping:
     """Answered by the loop with a Pong: proves that input thread and loop both make progress."""
 
     serial: int
 
 
-class FlushCache(msgspec.Struct, tag="flush", array_like=True):
+@dataclass(slots=True)
+class FlushCache:
     serial: int
 
 
-class Shutdown(msgspec.Struct, tag="shutdown", array_like=True):
+@dataclass(slots=True)
+class Shutdown:
     """The core aborts what runs and exits with 0."""
 
 
 ToCore = Configure | AddRequest | AbortRequests | Ping | FlushCache | Shutdown
 
 
-class Usage(msgspec.Struct, array_like=True, frozen=True):
+@dataclass(slots=True, frozen=True)
+class Usage:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     completion_tokens: int = 0  # over all choices
@@ -120,14 +132,16 @@ class Usage(msgspec.Struct, array_like=True, frozen=True):
     accepted_tokens: int = 0
 
 
-class Timings(msgspec.Struct, array_like=True, frozen=True):
+@dataclass(slots=True, frozen=True)
+class Timings:
     queue_us: int = 0
     prefill_us: int = 0
     decode_us: int = 0
     num_preemptions: int = 0
 
 
-class Logprobs(msgspec.Struct, array_like=True):
+@dataclass(slots=True)
+class Logprobs:
     """Rows of one choice's tokens: `alternative_*` are row-major [len(logprobs), num_alternatives]."""
 
     logprobs: list[float]
@@ -137,14 +151,16 @@ class Logprobs(msgspec.Struct, array_like=True):
     alternative_logprobs: list[float]
 
 
-class Started(msgspec.Struct, array_like=True):
+@dataclass(slots=True)
+class Started:
     id: int
     usage: Usage
     queue_us: int
     prompt_logprobs: Logprobs | None = None
 
 
-class Finish(msgspec.Struct, array_like=True):
+@dataclass(slots=True)
+class Finish:
     id: int
     choice: int
     reason: int
@@ -155,7 +171,8 @@ class Finish(msgspec.Struct, array_like=True):
     cumulative_logprob: float | None = None
 
 
-class Failure(msgspec.Struct, array_like=True):
+@dataclass(slots=True)
+class Failure:
     """The whole request ended with an error; nothing more is sent for it."""
 
     id: int
@@ -163,10 +180,11 @@ class Failure(msgspec.Struct, array_like=True):
     message: str
     param: str | None = None
     retry_after_s: float | None = None
-    usage: Usage = Usage()
+    usage: Usage = field(default_factory=Usage)
 
 
-class Load(msgspec.Struct, array_like=True):
+@dataclass(slots=True)
+class Load:
     """Gauges and counters since start; same meaning as penstock.v1.EngineLoad."""
 
     running: int = 0
@@ -188,7 +206,8 @@ class Load(msgspec.Struct, array_like=True):
     accepted_draft_tokens: int = 0
 
 
-class StepOutput(msgspec.Struct, tag="step", array_like=True):
+@dataclass(slots=True)
+class StepOutput:
     """Everything one step produced, in the order: started, tokens, finishes, failures.
 
     The token arrays run in parallel: entry i is one token of choice `choices[i]` of request `ids[i]`;
@@ -207,24 +226,28 @@ class StepOutput(msgspec.Struct, tag="step", array_like=True):
     load: Load
 
 
-class Pong(msgspec.Struct, tag="pong", array_like=True):
+@dataclass(slots=True)
+class Pong:
     serial: int
     load: Load
 
 
-class CacheFlushed(msgspec.Struct, tag="flushed", array_like=True):
+@dataclass(slots=True)
+class CacheFlushed:
     serial: int
     blocks_freed: int
 
 
-class Progress(msgspec.Struct, tag="progress", array_like=True):
+@dataclass(slots=True)
+class Progress:
     """Weights read so far while loading, in bytes; total 0: unknown."""
 
     done: int
     total: int
 
 
-class Ready(msgspec.Struct, tag="ready", array_like=True):
+@dataclass(slots=True)
+class Ready:
     """The model is loaded and the loop runs. What the server needs for GetInfo and validation."""
 
     architectures: list[str]
@@ -243,31 +266,11 @@ class Ready(msgspec.Struct, tag="ready", array_like=True):
     capabilities: list[str]
 
 
-class LoadFailed(msgspec.Struct, tag="load_failed", array_like=True):
+@dataclass(slots=True)
+class LoadFailed:
     """The model folder is unusable; the core exits with 3 after sending it. One line, for people."""
 
     message: str
 
 
 FromCore = StepOutput | Pong | CacheFlushed | Progress | Ready | LoadFailed
-
-FRAME_HEADER_BYTES = 4
-MAX_FRAME_BYTES = 256 * 1024 * 1024
-
-
-def encode(message: ToCore | FromCore) -> bytes:
-    """One frame: length and msgpack body."""
-    body = msgspec.msgpack.encode(message)
-    return len(body).to_bytes(FRAME_HEADER_BYTES, "little") + body
-
-
-_to_core = msgspec.msgpack.Decoder(ToCore)
-_from_core = msgspec.msgpack.Decoder(FromCore)
-
-
-def decode_to_core(body: bytes | memoryview) -> ToCore:
-    return _to_core.decode(body)
-
-
-def decode_from_core(body: bytes | memoryview) -> FromCore:
-    return _from_core.decode(body)

@@ -33,17 +33,17 @@ class TokenCounts:
         """Occurrences in the output, [n], parallel to `ids`; a view that the next update may change."""
         return self._counts[: len(self._index)]
 
-    def update(self, token_ids: list[int], num_prompt_tokens: int) -> None:
-        """Counts what was appended to `token_ids` since the last call; all of it if the list got shorter."""
+    def update(self, token_ids: NDArray[np.int32], num_prompt_tokens: int) -> None:
+        """Counts what was appended to `token_ids` since the last call; all of it if they got fewer."""
         if self._num_seen == 0 or len(token_ids) < self._num_seen:
             self._start(token_ids[:num_prompt_tokens])
             self._num_seen = num_prompt_tokens
-        for token in token_ids[self._num_seen :]:
+        for token in token_ids[self._num_seen :].tolist():
             self._count(token)
         self._num_seen = len(token_ids)
 
-    def _start(self, prompt: list[int]) -> None:
-        listed = np.unique(np.asarray(prompt if self._include_prompt else [], np.int64))
+    def _start(self, prompt: NDArray[np.int32]) -> None:
+        listed = np.unique(prompt.astype(np.int64) if self._include_prompt else np.empty(0, np.int64))
         listed = listed[(listed >= 0) & (listed < self._vocab_size)]
         capacity = len(listed) + _FIRST_CAPACITY
         self._ids = np.resize(listed, capacity) if len(listed) else np.empty(capacity, np.int64)

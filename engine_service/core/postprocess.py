@@ -1,20 +1,23 @@
-"""Turns the results of a step into tokens, finishes and failures of requests. Knows no tensors, no pipes."""
+"""Turns the results of a step into tokens, finishes and failures of requests. Knows no tensors, no pipes.
+
+Most rows of most steps are decodes with nothing special: they are taken in all at once, in arrays. The others
+(a prompt's last chunk, log-probabilities, drafts) go one by one, and so do the few that end.
+"""
 
 from __future__ import annotations
 
 import logging
-import math
+from collections.abc import Callable
+
+import numpy as np
 
 from penstock.engine_service.core.messages import LENGTH, RUNNING, STOP, Logprobs, RequestError
+from penstock.engine_service.core.plan import StepPlan, StepResult
+from penstock.engine_service.core.prompt_rows import PromptRows
 from penstock.engine_service.core.report import Counters, StepReport, usage_of
-from penstock.engine_service.core.request import (
-    Request,
-    ScheduledSequence,
-    Sequence,
-    SequenceResult,
-    StepPlan,
-)
+from penstock.engine_service.core.request import Request, Sequence
 from penstock.engine_service.core.scheduler import Scheduler
+from penstock.engine_service.core.slots import MAX_STOP_IDS, Bools, Int32s, Int64s
 
 log = logging.getLogger("penstock.engine.postprocess")
 
@@ -25,20 +28,30 @@ class Postprocessor:
     def __init__(self, scheduler: Scheduler, counters: Counters) -> None:
         self._scheduler = scheduler
         self._counters = counters
-        self._prompt_rows: dict[Request, Logprobs] = {}
+        self._table = scheduler.table
+        self._prompt_rows = PromptRows()
 
-    def apply(self, plan: StepPlan, results: list[SequenceResult], report: StepReport, now_us: int) -> None:
-        for item, result in zip(plan.scheduled, results, strict=True):
-            if item.sequence.finished:  # another choice of the request failed in this step
-                continue
-            try:
-                self._apply_one(item, result, report, now_us)
-            except RequestError as error:
-                self.fail(item.sequence.request, error, report)
-            except Exception:
-                log.exception("postprocessing request %d failed", item.sequence.request.id)
-                internal = RequestError("internal_error", "An internal error occurred.")
-                self.fail(item.sequence.request, internal, report)
+    def apply(self, plan: StepPlan, result: StepResult, report: StepReport, now_us: int) -> None:
+        """Rows whose sequence has ended or lost its slot since they were planned count for nothing."""
+        for row, error in result.errors.items():
+            if self._is_live(plan, row):
+                self.fail(plan.sequences[row].request, error, report)
+        table = self._table
+        live = table.epochs[plan.slots] == plan.epochs
+        plain = live & ~table.special[plan.slots]
+        if plan.drafts:
+            plain[list(plan.drafts)] = False
+        plain &= result.num_tokens == 1
+        if plain.all():
+            self._apply_decodes(plan, None, result, report, now_us)
+            return
+        if plain.any():
+            self._apply_decodes(plan, np.flatnonzero(plain), result, report, now_us)
+        for row in np.flatnonzero(live & ~plain).tolist():
+            if self._is_live(plan, row):
+                self._guard(
+                    plan.sequences[row].request, report, self._apply_one, plan, row, result, report, now_us
+                )
 
     def fail(self, request: Request, error: RequestError, report: StepReport) -> None:
         """Ends a request with an error. One that is over already stays as it is."""
@@ -54,67 +67,144 @@ class Postprocessor:
         report.add_failure(request.id, error, usage_of(request))
 
     def forget(self, request: Request) -> None:
-        self._prompt_rows.pop(request, None)
+        self._prompt_rows.forget(request)
 
-    def _apply_one(
-        self, item: ScheduledSequence, result: SequenceResult, report: StepReport, now_us: int
+    def _is_live(self, plan: StepPlan, row: int) -> bool:
+        return bool(self._table.epochs[plan.slots[row]] == plan.epochs[row])
+
+    def _guard(
+        self, request: Request, report: StepReport, work: Callable[..., object], *arguments: object
     ) -> None:
-        sequence = item.sequence
-        request = sequence.request
-        if result.error is not None:
-            raise result.error
-        if not request.started:
-            self._collect_prompt_rows(item, result)
-        was_started = request.started
-        samples = item.samples
-        self._scheduler.computed(item)
-        if request.started and not was_started:
-            report.add_started(request, self._take_prompt_rows(request))
-            if request.params.max_new_tokens == 0:
-                self._finish_unscored(request, report, now_us)
-                return
-        if samples:
-            self._append(sequence, result, report, now_us)
+        """The request's exception boundary."""
+        try:
+            work(*arguments)
+        except RequestError as error:
+            self.fail(request, error, report)
+        except Exception:
+            log.exception("postprocessing request %d failed", request.id)
+            self.fail(request, _internal(), report)
 
-    def _append(self, sequence: Sequence, result: SequenceResult, report: StepReport, now_us: int) -> None:
-        if not result.tokens:
-            raise RuntimeError("the runner sampled no token for a sequence that reached its end")
-        if not sequence.first_token_us:
-            sequence.first_token_us = now_us
-        request = sequence.request
-        for index, token in enumerate(result.tokens):
-            row = None if result.logprobs is None else _row(result.logprobs, index)
-            sequence.token_ids.append(token)
-            request.completion_tokens += 1
-            if row is not None:
-                sequence.cumulative_logprob += row.logprobs[0]
-            report.add_token(sequence, token, row)
-            reason, by_eos = self._stop_reason(sequence, token)
-            if reason != RUNNING:
-                self._scheduler.finish(sequence)
-                report.add_finish(
-                    sequence,
-                    reason,
-                    now_us,
-                    stop_token_id=token if reason == STOP else None,
-                    stopped_by_eos=by_eos,
-                )
-                self._note_if_over(request)
-                return
+    # ------------------------------------------------------------------ decodes, all at once
+
+    def _apply_decodes(
+        self, plan: StepPlan, rows: Int64s | None, result: StepResult, report: StepReport, now_us: int
+    ) -> None:
+        """Takes in one token for each of `rows` (None: all)."""
+        table = self._table
+        slots, ends, tokens = plan.slots, plan.starts, result.tokens[:, 0]
+        if rows is not None:
+            slots, ends, tokens = slots[rows], ends[rows], tokens[rows]
+        ends = ends + 1
+        table.tokens[slots, ends] = tokens
+        table.num_tokens[slots] = ends + 1
+        report.add_tokens(table, slots, tokens)
+        full = np.flatnonzero(ends % table.block_size == 0)
+        if full.size:
+            sequences = [plan.sequences[row] for row in (full if rows is None else rows[full]).tolist()]
+            for sequence in self._scheduler.publish_full(sequences, slots[full], ends[full]):
+                self.fail(sequence.request, _internal(), report)
+        for place in np.flatnonzero(self._may_end(slots, ends + 1, tokens)).tolist():
+            row = place if rows is None else int(rows[place])
+            if self._is_live(plan, row):
+                sequence = plan.sequences[row]
+                token = int(tokens[place])
+                self._guard(sequence.request, report, self._end_if_due, sequence, token, report, now_us)
+
+    def _may_end(self, slots: Int64s, counts: Int32s, tokens: Int32s) -> Bools:
+        """Which sequences have come to a length or an id that may end them."""
+        table = self._table
+        ended = counts >= table.limits[slots]
+        for ids in table.stop_ids[: table.stop_width]:
+            ended |= ids[slots] == tokens
+        return ended
+
+    def _end_if_due(self, sequence: Sequence, token: int, report: StepReport, now_us: int) -> bool:
+        reason, by_eos = self._stop_reason(sequence, token)
+        if reason == RUNNING:
+            return False
+        self._scheduler.finish(sequence)
+        report.add_finish(
+            sequence, reason, now_us, stop_token_id=token if reason == STOP else None, stopped_by_eos=by_eos
+        )
+        self._note_if_over(sequence.request)
+        return True
 
     def _stop_reason(self, sequence: Sequence, token: int) -> tuple[int, bool]:
         """(finish code, whether an end-of-sequence id did it) after `token` was appended."""
         params = sequence.request.params
-        if sequence.num_output_tokens > params.min_new_tokens:
+        num_output = sequence.num_output_tokens
+        if num_output > params.min_new_tokens:
             if token in params.eos_token_ids:
                 return STOP, True
             if token in params.stop_token_ids:
                 return STOP, False
-        if sequence.num_output_tokens >= params.max_new_tokens:
-            return LENGTH, False
-        if sequence.num_tokens >= self._scheduler.max_model_len:
+        if num_output >= params.max_new_tokens or sequence.num_tokens >= self._scheduler.max_model_len:
             return LENGTH, False
         return RUNNING, False
+
+    # ------------------------------------------------------------------ the other rows, one by one
+
+    def _apply_one(
+        self, plan: StepPlan, row: int, result: StepResult, report: StepReport, now_us: int
+    ) -> None:
+        sequence = plan.sequences[row]
+        request = sequence.request
+        start, count = int(plan.starts[row]), int(plan.counts[row])
+        if not request.started:
+            self._prompt_rows.collect(sequence, start, result.prompt_logprobs.get(row))
+        was_started = request.started
+        if row not in plan.drafts:
+            self._scheduler.computed(sequence, start + count)
+        if request.started and not was_started:
+            report.add_started(request, self._prompt_rows.take(request))
+            if request.params.max_new_tokens == 0:
+                self._finish_unscored(request, report, now_us)
+                return
+        if plan.samples[row]:
+            self._append(plan, row, result, report, now_us)
+
+    def _append(self, plan: StepPlan, row: int, result: StepResult, report: StepReport, now_us: int) -> None:
+        sequence, count = plan.sequences[row], int(result.num_tokens[row])
+        if count < 1:
+            raise RuntimeError("the runner sampled no token for a sequence that reached its end")
+        if not sequence.first_token_us:
+            sequence.first_token_us = now_us
+        tokens = result.tokens[row, :count].tolist()
+        self._count_drafts(plan, row, len(tokens))
+        rows = result.logprobs.get(row)
+        for index, token in enumerate(tokens):
+            own = None if rows is None else _row(rows, index)
+            self._append_token(sequence, token)
+            if own is not None:
+                sequence.cumulative_logprob += own.logprobs[0]
+            report.add_token(sequence, token, own)
+            if self._end_if_due(sequence, token, report, now_us):
+                return
+        table, slot = self._table, sequence.slot
+        wants_rows = sequence.sampling.logprobs is not None or bool(sequence.sampling.logprob_token_ids)
+        table.special[slot] = wants_rows or len(sequence.request.stop_ids) > MAX_STOP_IDS
+        if row in plan.drafts:
+            # What was computed for refused drafts is overwritten.
+            table.num_expected[slot] = table.num_tokens[slot]
+            table.num_computed[slot] = table.num_tokens[slot] - 1
+            self._scheduler.publish(sequence, sequence.num_computed_tokens)
+
+    def _append_token(self, sequence: Sequence, token: int) -> None:
+        table, slot = self._table, sequence.slot
+        table.tokens[slot, table.num_tokens[slot]] = token
+        table.num_tokens[slot] += 1
+        sequence.request.shared_tokens += 1
+
+    def _count_drafts(self, plan: StepPlan, row: int, num_tokens: int) -> None:
+        draft = plan.drafts.get(row)
+        if draft is None:
+            return
+        sequence = plan.sequences[row]
+        sequence.request.drafted_tokens += len(draft)
+        sequence.request.accepted_tokens += num_tokens - 1
+        if self._scheduler.drafter is not None:
+            total = sequence.num_tokens + num_tokens
+            self._scheduler.drafter.observe(sequence.key, total, len(draft), num_tokens - 1)
 
     def _finish_unscored(self, request: Request, report: StepReport, now_us: int) -> None:
         """max_new_tokens = 0: the prompt has been computed, and that was all."""
@@ -127,44 +217,9 @@ class Postprocessor:
         if request.num_finished == len(request.sequences):
             self._counters.finished += 1
 
-    def _collect_prompt_rows(self, item: ScheduledSequence, result: SequenceResult) -> None:
-        sequence = item.sequence
-        if sequence.choice or sequence.sampling.prompt_logprobs is None:
-            return
-        if sequence.num_computed_tokens == 0:  # the first chunk, or the first after a preemption
-            self._prompt_rows[sequence.request] = Logprobs([], [], 0, [], [])
-        rows = result.prompt_logprobs
-        if rows is None or not rows.logprobs:
-            return
-        total = self._prompt_rows[sequence.request]
-        total.num_alternatives = rows.num_alternatives
-        total.logprobs.extend(rows.logprobs)
-        total.ranks.extend(rows.ranks)
-        total.alternative_ids.extend(rows.alternative_ids)
-        total.alternative_logprobs.extend(rows.alternative_logprobs)
 
-    def _take_prompt_rows(self, request: Request) -> Logprobs | None:
-        """The collected rows behind one for the first token, which has no prediction."""
-        rows = self._prompt_rows.pop(request, None)
-        if rows is None:
-            return None
-        if len(rows.logprobs) != request.num_prompt_tokens - 1:
-            raise RuntimeError(
-                f"{len(rows.logprobs)} rows of prompt logprobs for {request.num_prompt_tokens} tokens"
-            )
-        width = rows.num_alternatives if rows.logprobs else _alternatives(request)
-        return Logprobs(
-            [math.nan, *rows.logprobs],
-            [0, *rows.ranks],
-            width,
-            [0] * width + rows.alternative_ids,
-            [math.nan] * width + rows.alternative_logprobs,
-        )
-
-
-def _alternatives(request: Request) -> int:
-    sampling = request.params.sampling
-    return len(sampling.logprob_token_ids) or (sampling.prompt_logprobs or 0)
+def _internal() -> RequestError:
+    return RequestError("internal_error", "An internal error occurred.")
 
 
 def _row(rows: Logprobs, index: int) -> Logprobs:

@@ -9,6 +9,7 @@ Exit codes: 0 asked to, or the parent is gone; 1 the loop failed; 3 the model ca
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import faulthandler
 import gc
 import logging
@@ -20,8 +21,6 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-import msgspec
-
 from penstock.engine_service.core.child import (
     EXIT_MODEL,
     EXIT_OK,
@@ -30,14 +29,17 @@ from penstock.engine_service.core.child import (
     log_to_stderr,
 )
 from penstock.engine_service.core.faults import EngineFatal
-from penstock.engine_service.core.inbox import Inbox, SocketReader, SocketWriter
-from penstock.engine_service.core.loop import EngineLoop, Runner
+from penstock.engine_service.core.inbox import Inbox, Outbox
+from penstock.engine_service.core.loop import EngineLoop
 from penstock.engine_service.core.messages import Configure, LoadFailed, Progress, Ready
+from penstock.engine_service.core.plan import Runner
 
 log = logging.getLogger("penstock.engine.process")
 
-# How long the loop may take to notice the end of its input before the process is ended under it.
+# How long the loop may take to notice the end of its input, or a Shutdown (a step may be running), before the
+# process is ended under it.
 _END_GRACE_S = 1.0
+_SHUTDOWN_GRACE_S = 2.0
 
 
 class Built(Protocol):
@@ -68,10 +70,18 @@ def main(
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     if build is None:
         build, model_errors = _real_build()
+    # Late, because only a process of its own needs the codec's package.
+    from penstock.engine_service.core.sockets import SocketReader, SocketWriter
+
     connection = socket.socket(fileno=options.fd)
     loop_done = threading.Event()
     inbox = Inbox()
-    reader = SocketReader(connection, inbox, lambda: _end_soon(loop_done))
+    reader = SocketReader(
+        connection,
+        inbox,
+        on_shutdown=lambda: _watch_the_end(loop_done),
+        on_end=lambda: _end_soon(loop_done, _END_GRACE_S),
+    )
     reader.start()
     try:
         code = _serve(inbox, SocketWriter(connection), build, model_errors)
@@ -82,9 +92,7 @@ def main(
     return EXIT_RUNTIME if reader.error is not None else code
 
 
-def _serve(
-    inbox: Inbox, outbox: SocketWriter, build: Build, model_errors: tuple[type[Exception], ...]
-) -> int:
+def _serve(inbox: Inbox, outbox: Outbox, build: Build, model_errors: tuple[type[Exception], ...]) -> int:
     configure = _first_message(inbox)
     if configure is None:
         return EXIT_OK
@@ -94,21 +102,11 @@ def _serve(
         outbox.send(LoadFailed(str(error)))
         return EXIT_MODEL
     ready = built.ready
-    loop = EngineLoop(
-        built.runner,
-        inbox,
-        outbox,
-        num_blocks=ready.kv_blocks,
-        block_size=ready.kv_block_size,
-        max_num_seqs=configure.max_num_seqs,
-        max_num_batched_tokens=configure.max_num_batched_tokens,
-        max_model_len=ready.max_model_len,
-        enable_prefix_caching=configure.enable_prefix_caching,
-    )
+    loop = EngineLoop.of_model(configure, ready, built.runner, inbox, outbox)
     # What is alive now lives for ever: keep the collector from walking it again and again.
     gc.collect()
     gc.freeze()
-    outbox.send(msgspec.structs.replace(ready, max_model_len=loop.scheduler.max_model_len))
+    outbox.send(dataclasses.replace(ready, max_model_len=loop.scheduler.max_model_len))
     try:
         loop.run()
     except EngineFatal as error:
@@ -125,9 +123,15 @@ def _first_message(inbox: Inbox) -> Configure | None:
     return None
 
 
-def _end_soon(loop_done: threading.Event) -> None:
-    """Runs in the input thread when it ends: without input the process is useless, whatever the loop does."""
-    if not loop_done.wait(_END_GRACE_S):
+def _watch_the_end(loop_done: threading.Event) -> None:
+    """After a Shutdown: the input thread itself must go on reading."""
+    threading.Thread(target=_end_soon, args=(loop_done, _SHUTDOWN_GRACE_S), daemon=True).start()
+
+
+def _end_soon(loop_done: threading.Event, grace_s: float) -> None:
+    """Without input, or told to end, the process is useless, whatever its loop does."""
+    if not loop_done.wait(grace_s):
+        log.error("a step does not end: ending the process under it")
         os._exit(EXIT_RUNTIME)
 
 

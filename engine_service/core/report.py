@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import msgspec
+import numpy as np
 
 from penstock.engine_service.core.messages import (
     ABORTED,
@@ -17,6 +17,7 @@ from penstock.engine_service.core.messages import (
     Usage,
 )
 from penstock.engine_service.core.request import Request, Sequence
+from penstock.engine_service.core.slots import Int32s, Int64s, SlotTable
 
 
 class Counters:
@@ -32,15 +33,14 @@ class Counters:
         self.generation_tokens = 0
 
     def fill(self, load: Load) -> Load:
-        return msgspec.structs.replace(
-            load,
-            steps=self.steps,
-            finished=self.finished,
-            aborted=self.aborted,
-            failed=self.failed,
-            prompt_tokens=self.prompt_tokens,
-            generation_tokens=self.generation_tokens,
-        )
+        """The load with the counts that are kept here."""
+        load.steps = self.steps
+        load.finished = self.finished
+        load.aborted = self.aborted
+        load.failed = self.failed
+        load.prompt_tokens = self.prompt_tokens
+        load.generation_tokens = self.generation_tokens
+        return load
 
 
 class StepReport:
@@ -80,6 +80,20 @@ class StepReport:
         self._tokens.append(token)
         self._completion_tokens.append(sequence.request.completion_tokens)
         self._counters.generation_tokens += 1
+
+    def add_tokens(self, table: SlotTable, slots: Int64s, tokens: Int32s) -> None:
+        """One token for each of `slots`, in this order; the table counts them already."""
+        completion_tokens = (table.num_tokens[slots] - table.num_prompt[slots]).tolist()
+        for row in np.flatnonzero(table.shared[slots]).tolist():
+            owner = table.owners[slots[row]]
+            if owner is not None:
+                owner.request.shared_tokens += 1
+                completion_tokens[row] = owner.request.shared_tokens
+        self._ids += table.request_ids[slots].tolist()
+        self._choices += table.choices[slots].tolist()
+        self._tokens += tokens.tolist()
+        self._completion_tokens += completion_tokens
+        self._counters.generation_tokens += len(completion_tokens)
 
     def add_finish(
         self,
@@ -127,7 +141,13 @@ class StepReport:
 
 
 def usage_of(request: Request) -> Usage:
-    return Usage(request.num_prompt_tokens, request.cached_tokens, request.completion_tokens)
+    return Usage(
+        request.num_prompt_tokens,
+        request.cached_tokens,
+        request.completion_tokens,
+        request.drafted_tokens,
+        request.accepted_tokens,
+    )
 
 
 def _timings(sequence: Sequence, now_us: int) -> Timings:

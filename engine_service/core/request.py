@@ -1,57 +1,81 @@
-"""Request and sequence state inside the core: counts and lists of ids. Knows no tensors, no pipes.
+"""Request and sequence state inside the core. Knows no tensors, no pipes.
 
-One request has n sequences (its choices). The ranges of a sequence's tokens:
-
-    |<----------------- num_prompt_tokens ---------------->|<-- output -->|
-    |<-- num_cached_tokens -->|                                           |
-    |<------- num_computed_tokens ------->|<- scheduled this step ->|     |
-    0                                                             len(token_ids)
-
-Keys and values exist for [0, num_computed_tokens). A step computes the next `num_scheduled` of them; a
-sequence samples when its last token has been computed.
+One request has n sequences (its choices). What changes with every token is not here but in the arrays of the
+slot table, while a sequence holds a slot.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from penstock.engine_service.core.messages import AddRequest, Logprobs, RequestError, Sampling
+import numpy as np
+
+from penstock.engine_service.core.messages import AddRequest, Sampling
+from penstock.engine_service.core.slots import Int32s, SlotTable
+
+Rank = tuple[int, int, int]  # priority (lower first), arrival number, choice
+_NO_TOKENS: Int32s = np.empty(0, np.int32)
 
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """One choice of a request. `slot` is a row in [0, max_num_seqs), held while scheduled, else -1."""
+    """One choice of a request. `slot` is a row of `table`, held while scheduled, else -1."""
 
     request: Request
     choice: int
-    token_ids: list[int]
     num_prompt_tokens: int
-    num_computed_tokens: int = 0
-    num_cached_tokens: int = 0
-    block_table: list[int] = field(default_factory=list)
+    rank: Rank = (0, 0, 0)
+    table: SlotTable | None = None
     slot: int = -1
+    num_cached_tokens: int = 0
     num_preemptions: int = 0
     first_scheduled_us: int = 0
     first_token_us: int = 0
     cumulative_logprob: float = 0.0
     finished: bool = False
+    # While it holds no slot; the ids are dropped when it is over, and the prompt's own until it has an
+    # output.
+    _kept: Int32s | None = None
+    _num_kept: int = 0
 
     @property
     def sampling(self) -> Sampling:
         return self.request.params.sampling
 
     @property
+    def token_ids(self) -> Int32s:
+        """All ids, int32 [num_tokens]; a view that the next step may change."""
+        if self.table is not None:
+            return self.table.tokens[self.slot, : self.table.num_tokens[self.slot]]
+        if self._kept is not None:
+            return self._kept
+        return self.request.prompt
+
+    @property
     def num_tokens(self) -> int:
-        return len(self.token_ids)
+        return self._num_kept if self.table is None else int(self.table.num_tokens[self.slot])
+
+    @property
+    def num_computed_tokens(self) -> int:
+        return 0 if self.table is None else int(self.table.num_computed[self.slot])
 
     @property
     def num_output_tokens(self) -> int:
-        return len(self.token_ids) - self.num_prompt_tokens
+        return self.num_tokens - self.num_prompt_tokens
+
+    @property
+    def block_table(self) -> list[int]:
+        return [] if self.table is None else self.table.blocks(self.slot)
 
     @property
     def key(self) -> tuple[int, int]:
         """(request id, choice): unique for the life of the core."""
         return (self.request.id, self.choice)
+
+    def keep(self, tokens: Int32s | None, count: int) -> None:
+        """What stays of the ids when the slot goes; None: only how many there were."""
+        self._kept = _NO_TOKENS if tokens is None else tokens
+        self._num_kept = count
 
 
 @dataclass(slots=True, eq=False)
@@ -59,9 +83,13 @@ class Request:
     """What was asked, and the totals over its choices."""
 
     params: AddRequest
+    prompt: Int32s
+    stop_ids: list[int]  # of both kinds
     sequences: list[Sequence] = field(default_factory=list)
-    completion_tokens: int = 0
+    shared_tokens: int = 0  # completion tokens of all choices, where there are several
     cached_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
     started: bool = False
     num_finished: int = 0
 
@@ -71,51 +99,19 @@ class Request:
 
     @property
     def num_prompt_tokens(self) -> int:
-        return len(self.params.prompt)
+        return len(self.prompt)
+
+    @property
+    def completion_tokens(self) -> int:
+        """Over all choices."""
+        return self.shared_tokens if len(self.sequences) > 1 else self.sequences[0].num_output_tokens
 
     @classmethod
     def create(cls, params: AddRequest) -> Request:
-        request = cls(params)
+        """Raises OverflowError for ids beyond 32 bits."""
+        prompt = np.asarray(params.prompt, np.int32)
+        ids = [token for token in (*params.eos_token_ids, *params.stop_token_ids) if 0 <= token < 2**31]
+        request = cls(params, prompt, list(dict.fromkeys(ids)))
         for choice in range(params.n):
-            request.sequences.append(Sequence(request, choice, list(params.prompt), len(params.prompt)))
+            request.sequences.append(Sequence(request, choice, len(prompt), _num_kept=len(prompt)))
         return request
-
-
-@dataclass(slots=True)
-class ScheduledSequence:
-    """`num_tokens` of `sequence` from its num_computed_tokens on are computed this step; its block table
-    already covers them."""
-
-    sequence: Sequence
-    num_tokens: int
-
-    @property
-    def samples(self) -> bool:
-        """Whether the step reaches the sequence's last token, so that a new one is sampled."""
-        return self.sequence.num_computed_tokens + self.num_tokens == self.sequence.num_tokens
-
-
-@dataclass(slots=True)
-class StepPlan:
-    """One step's work. Sequences with one token to compute come first."""
-
-    scheduled: list[ScheduledSequence]
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(item.num_tokens for item in self.scheduled)
-
-
-@dataclass(slots=True)
-class SequenceResult:
-    """What a step made for one scheduled sequence, parallel to the plan.
-
-    tokens: sampled ids, empty when the chunk did not reach the last token (several under speculation).
-    logprobs: one row per token, only if asked for. prompt_logprobs: rows of this chunk's prompt tokens
-    1.. (the token after each computed position), only if asked for. error: ends this request alone.
-    """
-
-    tokens: list[int] = field(default_factory=list)
-    logprobs: Logprobs | None = None
-    prompt_logprobs: Logprobs | None = None
-    error: RequestError | None = None

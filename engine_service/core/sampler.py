@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from penstock.engine_service.core.logit_edits import LogitEdits, apply_edits
 from penstock.engine_service.core.logprobs import gather_logprobs, take_row
-from penstock.engine_service.core.messages import RequestError
-from penstock.engine_service.core.request import Sequence, SequenceResult
-from penstock.engine_service.core.sampling_state import SamplingState
+from penstock.engine_service.core.messages import Logprobs, RequestError
+from penstock.engine_service.core.request import Sequence
+from penstock.engine_service.core.sampling_state import SamplingState, needs_host_tokens
+from penstock.engine_service.core.slots import Int64s
 from penstock.kernels import sampling
 
 log = logging.getLogger(__name__)
@@ -27,11 +29,33 @@ _ROWS_AT_ONCE_DEVICE = 64
 
 
 @dataclass(slots=True)
+class SampleRows:
+    """R rows to sample. With slots and epochs [R] (whose tenancy of which slot a row belongs to) rows that
+    are known to need nothing but their argmax are all done at once. offsets [R]: tokens, not yet the
+    sequence's own, that stand before the one to sample; None: none."""
+
+    sequences: list[Sequence]
+    slots: Int64s | None = None
+    epochs: Int64s | None = None
+    offsets: Int64s | None = None
+
+
+@dataclass(slots=True)
+class SampledRows:
+    """tokens [R], of no meaning where a row is in `errors`; logprobs, one row each, where asked for."""
+
+    tokens: Int64s
+    errors: dict[int, RequestError] = field(default_factory=dict)
+    logprobs: dict[int, Logprobs] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
 class _Row:
     """One sequence's place in the logits; `best_id` and `best` are its argmax, after the edits once made."""
 
     index: int
     sequence: Sequence
+    position: int  # of the token to choose, among the output tokens
     state: SamplingState
     edits: LogitEdits | None
     best_id: int
@@ -48,50 +72,85 @@ class Sampler:
         self._states: dict[tuple[int, int], SamplingState] = {}
         rows = _ROWS_AT_ONCE_CPU if device.type == "cpu" else _ROWS_AT_ONCE_DEVICE
         width = sampling.padded_width(vocab_size)
+        self._plain_epochs: Int64s = np.full(
+            64, -1, np.int64
+        )  # by slot: the tenancy that needs its argmax only
         self._workspace = torch.empty(rows, width, dtype=torch.float32, device=device)
 
-    def sample(self, logits: Tensor, sequences: list[Sequence]) -> list[SequenceResult]:
-        """One token for each of `sequences` [R] from logits float32 [R, V], which stay as they are.
+    def sample(self, logits: Tensor, rows: SampleRows) -> SampledRows:
+        """One token for each of `rows` [R] from logits float32 [R, V], which stay as they are.
 
         A row that cannot be sampled gets an error of its own. Raises ValueError if the shapes do not fit.
         """
-        if logits.shape != (len(sequences), self._vocab_size):
-            raise ValueError(f"logits {tuple(logits.shape)} for {len(sequences)} sequences")
-        results = [SequenceResult() for _ in sequences]
-        if not sequences:
-            return results
-        rows = self._prepare(logits, sequences, results)
-        for row in rows:
-            if row.state.greedy and row.edits is None:
-                results[row.index].tokens = [row.best_id]
-        rest = sorted((row for row in rows if not results[row.index].tokens), key=_kind)
+        if logits.shape != (len(rows.sequences), self._vocab_size):
+            raise ValueError(f"logits {tuple(logits.shape)} for {len(rows.sequences)} sequences")
+        result = SampledRows(np.empty(0, np.int64))
+        if not rows.sequences:
+            return result
+        best_ids, best = (column.numpy(force=True) for column in sampling.argmax(logits))
+        result.tokens = best_ids.astype(np.int64)
+        others = self._not_plain(rows, best)
+        if not others.size:
+            return result
+        prepared = self._prepare(rows, others.tolist(), best_ids, best, result)
+        rest = [row for row in prepared if not row.state.greedy or row.edits is not None]
+        rest.sort(key=_kind)
         for start in range(0, len(rest), len(self._workspace)):
-            self._sample_rows(logits, rest[start : start + len(self._workspace)], results)
-        self._add_logprobs(logits, sequences, results)
-        return results
+            self._sample_rows(logits, rest[start : start + len(self._workspace)], result)
+        self._add_logprobs(logits, [row for row in prepared if row.index not in result.errors], result)
+        return result
+
+    def needs_host_tokens(self, sequence: Sequence) -> bool:
+        return needs_host_tokens(sequence.sampling)
 
     def forget(self, sequence: Sequence) -> None:
         """Drops what is kept for a sequence that ended or was preempted; unknown sequences are ignored."""
         self._states.pop(sequence.key, None)
 
+    def _not_plain(self, rows: SampleRows, best: np.ndarray) -> Int64s:
+        """The rows that need more than their argmax, or whose numbers are not finite."""
+        if rows.slots is None or rows.epochs is None:
+            return np.arange(len(best))
+        known = len(self._plain_epochs)
+        top = int(rows.slots.max())
+        if top >= known:
+            more = np.full(max(known, top + 1 - known), -1, np.int64)
+            self._plain_epochs = np.concatenate([self._plain_epochs, more])
+        plain = self._plain_epochs[rows.slots] == rows.epochs
+        return np.flatnonzero(~(plain & np.isfinite(best)))
+
     def _prepare(
-        self, logits: Tensor, sequences: list[Sequence], results: list[SequenceResult]
+        self,
+        rows: SampleRows,
+        indices: list[int],
+        best_ids: np.ndarray,
+        best: np.ndarray,
+        result: SampledRows,
     ) -> list[_Row]:
         """The rows that can be sampled; the others get their error: each request's exception boundary."""
-        rows = []
-        columns = [column.tolist() for column in sampling.argmax(logits)]
-        for index, (sequence, best_id, best) in enumerate(zip(sequences, *columns, strict=True)):
+        prepared = []
+        for index in indices:
+            sequence = rows.sequences[index]
             try:
-                if not math.isfinite(best):
+                if not math.isfinite(best[index]):
                     raise _not_finite()
                 state = self._state(sequence)
-                rows.append(_Row(index, sequence, state, state.edits(sequence), best_id, best))
+                position = sequence.num_output_tokens
+                if rows.offsets is not None:
+                    position += int(rows.offsets[index])
+                row = _Row(
+                    index, sequence, position, state, state.edits(sequence, position),
+                    int(best_ids[index]), float(best[index]),
+                )  # fmt: skip
+                prepared.append(row)
+                if rows.slots is not None and rows.epochs is not None and _is_plain(row):
+                    self._plain_epochs[rows.slots[index]] = rows.epochs[index]
             except RequestError as error:
-                results[index].error = error
+                result.errors[index] = error
             except Exception:
                 log.exception("request %d cannot be sampled", sequence.request.id)
-                results[index].error = RequestError("internal_error", "The request could not be sampled.")
-        return rows
+                result.errors[index] = RequestError("internal_error", "The request could not be sampled.")
+        return prepared
 
     def _state(self, sequence: Sequence) -> SamplingState:
         state = self._states.get(sequence.key)
@@ -100,21 +159,21 @@ class Sampler:
             self._states[sequence.key] = state
         return state
 
-    def _sample_rows(self, logits: Tensor, rows: list[_Row], results: list[SequenceResult]) -> None:
+    def _sample_rows(self, logits: Tensor, rows: list[_Row], result: SampledRows) -> None:
         """Samples at most a workspace of rows, ordered by `_kind`."""
         work = self._workspace[: len(rows)]
         for place, row in enumerate(rows):
             work[place, : self._vocab_size].copy_(logits[row.index])
         work[:, self._vocab_size :] = -torch.inf
-        self._edit(work, rows, results)
+        self._edit(work, rows, result)
         drawn = [row for row in rows if not row.state.greedy]
         tokens = self._draw(work[: len(drawn)], drawn) if drawn else []
         tokens += [row.best_id for row in rows[len(drawn) :]]
         for row, token in zip(rows, tokens, strict=True):
-            if results[row.index].error is None:
-                results[row.index].tokens = [token]
+            if row.index not in result.errors:
+                result.tokens[row.index] = token
 
-    def _edit(self, work: Tensor, rows: list[_Row], results: list[SequenceResult]) -> None:
+    def _edit(self, work: Tensor, rows: list[_Row], result: SampledRows) -> None:
         """Makes the rows' edits and finds their argmax; a row left without a finite one gets its error."""
         edits = [(place, row.edits) for place, row in enumerate(rows) if row.edits is not None]
         if not edits:
@@ -125,7 +184,7 @@ class Sampler:
             row.best_id, row.best = best_id, best
             if math.isfinite(best):
                 continue
-            results[row.index].error = row.state.nothing_left() if best == -math.inf else _not_finite()
+            result.errors[row.index] = row.state.nothing_left() if best == -math.inf else _not_finite()
             # Numbers of no consequence that the draws of the whole workspace can work on.
             work[place] = -torch.inf
             work[place, 0] = row.best = 0.0
@@ -134,7 +193,7 @@ class Sampler:
         """A token for each of `rows`, the filtered ones first, from logits work [N, W], which it destroys."""
         best = self._floats([row.best for row in rows], torch.float32)
         temperature = self._floats([row.state.temperature for row in rows], torch.float32)
-        uniforms = self._floats([row.state.uniform(row.sequence.num_output_tokens) for row in rows])
+        uniforms = self._floats([row.state.uniform(row.position) for row in rows])
         weights = sampling.to_weights(work, best, temperature)
         tokens = [-1] * len(rows)
         num_filtered = sum(row.state.filtered for row in rows)
@@ -163,29 +222,33 @@ class Sampler:
                 sampling.keep_filtered(row, state.top_k or width, state.top_p, state.min_p)
         return tokens
 
-    def _add_logprobs(self, logits: Tensor, sequences: list[Sequence], results: list[SequenceResult]) -> None:
-        sampled = [index for index, result in enumerate(results) if result.error is None]
+    def _add_logprobs(self, logits: Tensor, rows: list[_Row], result: SampledRows) -> None:
         ranked: list[tuple[int, int]] = []  # (row, number of alternatives)
-        for index in sampled:
-            asked = sequences[index].sampling
+        for row in rows:
+            asked = row.sequence.sampling
             if asked.logprob_token_ids:
-                row = logits[index : index + 1]
-                results[index].logprobs = gather_logprobs(
-                    row, results[index].tokens, 0, asked.logprob_token_ids
-                )
+                own = logits[row.index : row.index + 1]
+                token = int(result.tokens[row.index])
+                result.logprobs[row.index] = gather_logprobs(own, [token], 0, asked.logprob_token_ids)
             elif asked.logprobs is not None:
-                ranked.append((index, asked.logprobs))
+                ranked.append((row.index, asked.logprobs))
         if not ranked:
             return
         indices = [index for index, _ in ranked]
-        chosen = logits if len(indices) == len(sequences) else logits[indices]
-        tokens = [results[index].tokens[0] for index in indices]
-        rows = gather_logprobs(chosen, tokens, max(count for _, count in ranked))
+        chosen = logits if len(indices) == len(logits) else logits[indices]
+        tokens = result.tokens[indices].tolist()
+        gathered = gather_logprobs(chosen, tokens, max(count for _, count in ranked))
         for place, (index, count) in enumerate(ranked):
-            results[index].logprobs = take_row(rows, place, count)
+            result.logprobs[index] = take_row(gathered, place, count)
 
     def _floats(self, values: list[float], dtype: torch.dtype = torch.float64) -> Tensor:
         return torch.tensor(values, dtype=dtype, device=self._device)
+
+
+def _is_plain(row: _Row) -> bool:
+    """Whether this and all later tokens of the sequence are the argmax, and nothing else is asked for."""
+    asked = row.sequence.sampling
+    return row.state.always_plain(row.position) and asked.logprobs is None and not asked.logprob_token_ids
 
 
 def _kind(row: _Row) -> int:

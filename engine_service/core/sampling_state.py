@@ -78,9 +78,14 @@ class SamplingState:
         """Whether top_k, top_p or min_p remove anything."""
         return self.top_k > 0 or self.top_p < 1.0 or self.min_p > 0.0
 
-    def edits(self, sequence: Sequence) -> LogitEdits | None:
-        """This step's changes to the logits, None if there are none."""
-        banned = self._banned_now(sequence)
+    def always_plain(self, position: int) -> bool:
+        """Whether no output token from `position` on is edited or drawn."""
+        edited = self._always_edited or bool(self.phrases) or position < self.min_new_tokens
+        return self.greedy and not edited
+
+    def edits(self, sequence: Sequence, position: int) -> LogitEdits | None:
+        """The changes to the logits of the output token at `position`, None if there are none."""
+        banned = self._banned_now(sequence, position)
         if not (self._always_edited or banned.size):
             return None
         if self.penalties is not None:
@@ -104,18 +109,26 @@ class SamplingState:
             param = "min_tokens"
         return RequestError("invalid_value", "No token is left to choose from.", param)
 
-    def _banned_now(self, sequence: Sequence) -> Ids:
-        if not self.phrases and sequence.num_output_tokens >= self.min_new_tokens:
+    def _banned_now(self, sequence: Sequence, position: int) -> Ids:
+        if not self.phrases and position >= self.min_new_tokens:
             return self.banned
-        output_start = sequence.num_prompt_tokens
-        tokens = sequence.token_ids
-        completing = [
-            last
-            for prefix, last in self.phrases
-            if len(prefix) <= len(tokens) - output_start and tokens[-len(prefix) :] == prefix
-        ]
-        ends = self.end_ids if sequence.num_output_tokens < self.min_new_tokens else _NO_IDS
+        longest = max((len(prefix) for prefix, _ in self.phrases), default=0)
+        output = sequence.token_ids[sequence.num_prompt_tokens :]
+        tokens = output[max(0, len(output) - longest) :].tolist()
+        completing = [last for prefix, last in self.phrases if tokens[-len(prefix) :] == prefix]
+        ends = self.end_ids if position < self.min_new_tokens else _NO_IDS
         return np.concatenate([self.banned, np.array(completing, np.int64), ends])
+
+
+def needs_host_tokens(sampling: Sampling) -> bool:
+    """Whether the choice of a token depends on the ids before it: through penalties, or bad words of
+    several."""
+    return (
+        sampling.repetition_penalty != 1.0
+        or sampling.presence_penalty != 0.0
+        or sampling.frequency_penalty != 0.0
+        or any(len(word) > 1 for word in sampling.bad_words)
+    )
 
 
 def _is_greedy(temperature: float, top_k: int, min_p: float) -> bool:

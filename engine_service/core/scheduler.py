@@ -4,19 +4,26 @@ A step has one token budget. Sequences with one token to compute (decodes) come 
 that already run, then new admissions in the order of priority and arrival. An admitted sequence gets the
 blocks of all its tokens at once, so only decodes can run out of blocks; then the sequence of lowest priority
 that arrived last gives up its blocks and is computed again later (it keeps its place in the queue).
+
+A step may be planned while the one before it is still in flight, counting on the tokens that that one
+samples. Slots and blocks of a sequence that leaves meanwhile stay taken until no step in flight writes to
+them.
 """
 
 from __future__ import annotations
 
 import logging
-from bisect import bisect_left, insort
 from collections.abc import Callable
 
 from penstock.engine_service.core.block_pool import BlockPool
 from penstock.engine_service.core.kv_cache import KvCache
 from penstock.engine_service.core.messages import AddRequest, Load, RequestError
-from penstock.engine_service.core.request import Request, ScheduledSequence, Sequence, StepPlan
-from penstock.engine_service.core.waiting import Deadlines, Rank, WaitingQueue
+from penstock.engine_service.core.plan import Drafter, StepPlan
+from penstock.engine_service.core.planning import Chunk, Decodes, make_plan
+from penstock.engine_service.core.request import Request, Sequence
+from penstock.engine_service.core.running import RunningSet
+from penstock.engine_service.core.slots import Int32s, Int64s, SlotTable
+from penstock.engine_service.core.waiting import Deadlines, WaitingQueue
 
 log = logging.getLogger("penstock.engine.scheduler")
 
@@ -30,6 +37,7 @@ class Scheduler:
     """Owns every live request from add until its last choice is finished, or it is removed.
 
     on_release(sequence) is called when a sequence loses its slot, while the slot number is still set.
+    is_exact(sequence): see Runner.needs_host_tokens. drafter: makes drafts for all the others.
     """
 
     def __init__(
@@ -42,20 +50,29 @@ class Scheduler:
         max_model_len: int,
         enable_prefix_caching: bool = True,
         on_release: Callable[[Sequence], None] = lambda sequence: None,
+        is_exact: Callable[[Sequence], bool] = lambda sequence: False,
+        drafter: Drafter | None = None,
     ) -> None:
         self.pool = BlockPool(num_blocks, block_size)
         # One sequence alone must always fit, or preemption could not end.
         self.max_model_len = min(max_model_len, num_blocks * block_size)
-        self._kv = KvCache(self.pool, enable_prefix_caching)
+        num_slots = min(max_num_seqs, max_num_batched_tokens)
+        self.table = SlotTable(num_slots, self.max_model_len, block_size)
+        self._kv = KvCache(self.pool, self.table, enable_prefix_caching)
         self._budget = max_num_batched_tokens
-        self._free_slots = list(range(min(max_num_seqs, max_num_batched_tokens) - 1, -1, -1))
+        self._free_slots = list(range(num_slots - 1, -1, -1))
         self._headroom = num_blocks // _HEADROOM_DIVISOR
         self._on_release = on_release
+        self._is_exact = is_exact
+        self._decodes = Decodes(self.table, self._kv, drafter)
+        self.drafter = drafter
         self._requests: dict[int, Request] = {}
-        self._ranks: dict[Sequence, Rank] = {}
-        self._running: list[Sequence] = []  # by rank
+        self._running = RunningSet(num_slots)
         self._waiting = WaitingQueue()
         self._suspects: list[Sequence] = []
+        self._retired: list[tuple[int, int, list[int]]] = []  # (serial of the last plan, slot, blocks)
+        self._planned = 0  # serial of the last plan
+        self._completed = 0  # serial of the last one that is no longer in flight
         self._deadlines = Deadlines()
         self._arrivals = 0
         self._running_of: dict[int, int] = {}  # request id -> sequences holding a slot
@@ -68,7 +85,7 @@ class Scheduler:
         """Queues a request. Raises RequestError when it can never run."""
         if params.id in self._requests:
             raise RequestError("invalid_value", "The request id is in use.", "request_id")
-        if not params.prompt:
+        if not len(params.prompt):
             raise RequestError("invalid_value", "The prompt is empty.", "prompt")
         if params.n < 1:
             raise RequestError("invalid_value", "n must be at least 1.", "n")
@@ -81,11 +98,11 @@ class Scheduler:
         request = Request.create(params)
         self._arrivals += 1
         for sequence in request.sequences:
-            self._ranks[sequence] = (params.priority, self._arrivals, sequence.choice)
+            sequence.rank = (params.priority, self._arrivals, sequence.choice)
         self._requests[request.id] = request
         self._deadlines.add(request)
         self._waiting_tokens += request.num_prompt_tokens
-        self._enqueue(request.sequences[0])
+        self._waiting.push(request.sequences[0])
         return request
 
     def get(self, request_id: int) -> Request | None:
@@ -119,70 +136,103 @@ class Scheduler:
             # Both of its deadlines may have passed at once: the first one ended it.
             if request is None or (queue and request.sequences[0].first_scheduled_us):
                 continue
-            reason = "queue_timeout" if queue else "timeout"
-            text = (
-                "The request waited in the queue for too long."
-                if queue
-                else "The deadline passed before the request was finished."
-            )
-            late.append((request, RequestError(reason, text)))
-            self.remove(request)
+            late.append((request, _late(queue)))
+            try:
+                self.remove(request)
+            except Exception:
+                log.exception("removing request %d failed", request_id)
+                self._requests.pop(request_id, None)
         return late
 
     # ------------------------------------------------------------------ steps
 
-    def schedule(self, now_us: int) -> tuple[StepPlan, list[Casualty]]:
-        """The next step's work, and the requests whose own scheduling failed (they are removed)."""
-        casualties: list[Casualty] = []
-        plan: list[ScheduledSequence] = []
-        if self._suspects:
-            self._schedule_suspect(plan, now_us, casualties)
-            return StepPlan(plan), casualties
-        for sequence in tuple(self._running):
-            # A sequence further down may have lost its slot to one before it.
-            if sequence.slot >= 0 and _remaining(sequence) == 1 and self._make_room(sequence):
-                plan.append(ScheduledSequence(sequence, 1))
-        budget = self._budget - len(plan)
-        for sequence in self._running:
-            if budget and _remaining(sequence) > 1:
-                budget -= _append_chunk(plan, sequence, budget)
-        # A victim cannot come straight back: whoever took its place holds at least one block it needs.
-        self._admit_waiting(plan, budget, now_us, casualties)
-        plan.sort(key=lambda item: item.num_tokens > 1)
-        return StepPlan(plan), casualties
+    def schedule(self, now_us: int, in_flight: bool = False) -> tuple[StepPlan | None, list[Casualty]]:
+        """The next step's work, and the requests whose own scheduling failed (they are removed).
 
-    def computed(self, item: ScheduledSequence) -> None:
-        """Takes in that a scheduled chunk has been computed: full blocks become shareable, and when it
-        completed the prompt of choice 0, the other choices may start from those blocks."""
-        sequence = item.sequence
-        sequence.num_computed_tokens += item.num_tokens
-        self._kv.publish(sequence)
-        if sequence.num_computed_tokens >= sequence.num_tokens and sequence in self._suspects:
+        in_flight: the step planned before is not completed. None then means that nothing can be planned until
+        it is: a sequence needs its token, or others their blocks.
+        """
+        casualties: list[Casualty] = []
+        if self._suspects:
+            if in_flight:
+                return None, casualties
+            chunks = self._schedule_suspect(now_us, casualties)
+            return make_plan(self.table, self._running, None, chunks, self._next_serial()), casualties
+        decodes = self._decodes.select(self._running, in_flight, self._budget)
+        while decodes is None:
+            if in_flight:
+                return None, casualties
+            self._make_room()
+            decodes = self._decodes.select(self._running, in_flight, self._budget)
+        chunks = []
+        budget = self._budget - decodes.num_tokens
+        for sequence in decodes.prefilling:
+            if budget:
+                budget -= self._append_chunk(chunks, sequence, budget)
+        # A victim cannot come straight back: whoever took its place holds at least one block it needs.
+        if budget and self._free_slots and len(self._waiting):
+            self._admit_waiting(chunks, budget, now_us, casualties)
+        return make_plan(self.table, self._running, decodes, chunks, self._next_serial()), casualties
+
+    def completed(self, plan: StepPlan) -> None:
+        """The step is no longer in flight, nor is any before it: what was kept for it becomes free."""
+        self._complete(plan.serial)
+
+    def abandon(self) -> None:
+        """Nobody will tell of the steps in flight any more (an interrupt): they came to nothing."""
+        since = self._completed
+        self._complete(self._planned)
+        for sequence in reversed(self._running.sequences.copy()):
+            if self.table.last_plan[sequence.slot] > since:
+                self._preempt(sequence)
+
+    def publish(self, sequence: Sequence, num_computed: int) -> None:
+        """Full blocks of the sequence's first num_computed tokens become shareable."""
+        self._kv.publish(sequence, num_computed)
+
+    def publish_full(self, sequences: list[Sequence], slots: Int64s, ends: Int32s) -> list[Sequence]:
+        """Of each sequence one more block is full, up to `ends` tokens. The sequences for which that
+        failed."""
+        return self._kv.publish_full(sequences, slots, ends)
+
+    def computed(self, sequence: Sequence, num_computed: int) -> None:
+        """Takes in that tokens up to num_computed exist: blocks are published, and when that completed the
+        prompt of choice 0, the other choices may start from those blocks."""
+        self._kv.publish(sequence, num_computed)
+        if sequence in self._suspects and num_computed >= sequence.num_tokens:
             self._suspects.remove(sequence)
         request = sequence.request
-        if not request.started and sequence.num_computed_tokens >= sequence.num_prompt_tokens:
+        if not request.started and num_computed >= sequence.num_prompt_tokens:
             request.started = True
             for sibling in request.sequences[1:]:
                 if not sibling.finished:
-                    self._enqueue(sibling)
+                    self._waiting.push(sibling)
 
     def quarantine(self, plan: StepPlan) -> None:
         """After a failed step: all that was in it is computed again, one sequence at a time, until each has
         got through one step. So the next failure names its cause, and the others live."""
-        for item in reversed(plan.scheduled):
-            sequence = item.sequence
-            if sequence.finished or sequence.slot < 0:
-                continue
-            self._preempt(sequence)
+        for sequence in self.requeue(plan):
             if sequence not in self._suspects:
                 self._suspects.append(sequence)
-        self._suspects.sort(key=self._ranks.__getitem__)
+        self._suspects.sort(key=lambda sequence: sequence.rank)
+
+    def requeue(self, plan: StepPlan) -> list[Sequence]:
+        """The sequences of a step that came to nothing, those still running; they are computed again."""
+        epochs = self.table.epochs
+        lost = [
+            sequence
+            for sequence, slot, epoch in zip(plan.sequences, plan.slots, plan.epochs, strict=True)
+            if epochs[slot] == epoch
+        ]
+        for sequence in reversed(lost):
+            self._preempt(sequence)
+        return lost
 
     # ------------------------------------------------------------------ state
 
     @property
     def has_work(self) -> bool:
-        return bool(self._running) or len(self._waiting) > 0
+        return len(self._running) > 0 or len(self._waiting) > 0 or bool(self._retired)
 
     @property
     def next_deadline_us(self) -> int | None:
@@ -208,18 +258,30 @@ class Scheduler:
 
     # ------------------------------------------------------------------ inside
 
-    def _make_room(self, sequence: Sequence) -> bool:
-        """Blocks for the sequence's next token, taken from the last in rank if need be; False when that is
-        the sequence itself. Nobody of lower rank has been planned yet, so no victim is in the plan."""
-        while not self._kv.extend(sequence):
-            victim = self._running[-1]
-            self._preempt(victim)
-            if victim is sequence:
-                return False
-        return True
+    def _complete(self, serial: int) -> None:
+        self._completed = serial
+        while self._retired and self._retired[0][0] <= serial:
+            _, slot, blocks = self._retired.pop(0)
+            self._free(slot, blocks)
+
+    def _next_serial(self) -> int:
+        self._planned += 1
+        return self._planned
+
+    def _make_room(self) -> None:
+        """Blocks for the next token of each decode, first in rank first, taken from the last in rank."""
+        for sequence in tuple(self._running.sequences):
+            while sequence.slot >= 0 and not self._decodes.extend_one(sequence):
+                self._preempt(self._running.last)
+
+    def _append_chunk(self, chunks: list[Chunk], sequence: Sequence, budget: int) -> int:
+        start = sequence.num_computed_tokens
+        size = min(sequence.num_tokens - start, budget)
+        chunks.append((sequence, start, size))
+        return size
 
     def _admit_waiting(
-        self, plan: list[ScheduledSequence], budget: int, now_us: int, casualties: list[Casualty]
+        self, chunks: list[Chunk], budget: int, now_us: int, casualties: list[Casualty]
     ) -> None:
         while budget and self._free_slots and (sequence := self._waiting.peek()) is not None:
             try:
@@ -228,22 +290,25 @@ class Scheduler:
             except Exception:
                 casualties.append(self._broken(sequence))
                 continue
-            budget -= _append_chunk(plan, sequence, budget)
+            budget -= self._append_chunk(chunks, sequence, budget)
 
     def _admit(self, sequence: Sequence, now_us: int) -> bool:
         """Blocks and a slot for a waiting sequence; False when there is no room."""
         request = sequence.request
         compute_all = request.params.skip_cache_read or sequence.sampling.prompt_logprobs is not None
-        admitted = self._kv.admit(
-            sequence,
-            read_prefix=request.started or not compute_all,
-            headroom=self._headroom if self._running else 0,
-        )
-        if not admitted:
+        read_prefix = request.started or not compute_all
+        headroom = self._headroom if len(self._running) else 0
+        exact = self._is_exact(sequence)
+        blocks = self._kv.find(sequence, read_prefix=read_prefix, headroom=headroom)
+        if blocks is None:
             return False
         self._waiting.discard(sequence)
-        sequence.slot = self._free_slots.pop()
-        insort(self._running, sequence, key=self._ranks.__getitem__)
+        slot = self._free_slots.pop()
+        self.table.take(slot, sequence)
+        self._running.add(sequence)
+        self._kv.admit(sequence, blocks, read_prefix=read_prefix)
+        self.table.exact[slot] = exact or self.drafter is not None
+        self.table.draftable[slot] = not exact
         if not sequence.first_scheduled_us:
             sequence.first_scheduled_us = now_us
             sequence.num_cached_tokens = sequence.num_computed_tokens
@@ -255,57 +320,65 @@ class Scheduler:
             self._waiting_tokens -= request.num_prompt_tokens
         return True
 
-    def _schedule_suspect(
-        self, plan: list[ScheduledSequence], now_us: int, casualties: list[Casualty]
-    ) -> None:
+    def _schedule_suspect(self, now_us: int, casualties: list[Casualty]) -> list[Chunk]:
         """Plans the first suspect alone."""
         sequence = self._suspects[0]
+        chunks: list[Chunk] = []
         try:
             while sequence.slot < 0 and not (self._free_slots and self._admit(sequence, now_us)):
-                self._preempt(self._running[-1])
+                self._preempt(self._running.last)
         except Exception:
             casualties.append(self._broken(sequence))
-            return
-        _append_chunk(plan, sequence, self._budget)
+            return chunks
+        self._append_chunk(chunks, sequence, self._budget)
+        return chunks
 
     def _broken(self, sequence: Sequence) -> Casualty:
         log.exception("scheduling request %d failed", sequence.request.id)
         self.remove(sequence.request)
         return sequence.request, RequestError("internal_error", "An internal error occurred.")
 
-    def _enqueue(self, sequence: Sequence) -> None:
-        self._waiting.push(self._ranks[sequence], sequence)
-
     def _preempt(self, sequence: Sequence) -> None:
-        self._release(sequence)
+        self._release(sequence, keep_tokens=True)
         sequence.num_preemptions += 1
         self._num_preemptions += 1
-        self._enqueue(sequence)
+        self._waiting.push(sequence)
 
-    def _release(self, sequence: Sequence) -> None:
-        """Takes slot and blocks from a running sequence."""
+    def _release(self, sequence: Sequence, keep_tokens: bool) -> None:
+        """Takes slot and blocks from a running sequence; they are free once no step in flight uses them."""
         self._on_release(sequence)
-        del self._running[bisect_left(self._running, self._ranks[sequence], key=self._ranks.__getitem__)]
-        self._free_slots.append(sequence.slot)
-        sequence.slot = -1
-        self._kv.release(sequence)
+        self._running.remove(sequence)
+        slot = sequence.slot
+        blocks = self._kv.release(sequence)
+        self.table.leave(sequence, keep_tokens)
+        last_plan = int(self.table.last_plan[slot])
+        if last_plan > self._completed:
+            self._retired.append((last_plan, slot, blocks))
+            self._retired.sort(key=lambda entry: entry[0])
+        else:
+            self._free(slot, blocks)
         request = sequence.request
         self._running_of[request.id] -= 1
         if not self._running_of[request.id]:
             del self._running_of[request.id]
             self._waiting_tokens += request.num_prompt_tokens
 
+    def _free(self, slot: int, blocks: list[int]) -> None:
+        self.pool.release(blocks)
+        self._free_slots.append(slot)
+
     def _close(self, sequence: Sequence) -> None:
         if sequence.finished:
             return
         sequence.finished = True
         if sequence.slot >= 0:
-            self._release(sequence)
+            self._release(sequence, keep_tokens=False)
         self._waiting.discard(sequence)
         if sequence in self._suspects:
             self._suspects.remove(sequence)
         self._kv.forget(sequence)
-        del self._ranks[sequence]
+        if self.drafter is not None:
+            self.drafter.forget(sequence.key)
 
     def _drop(self, request: Request) -> None:
         del self._requests[request.id]
@@ -313,11 +386,7 @@ class Scheduler:
         self._waiting_tokens -= request.num_prompt_tokens
 
 
-def _remaining(sequence: Sequence) -> int:
-    return sequence.num_tokens - sequence.num_computed_tokens
-
-
-def _append_chunk(plan: list[ScheduledSequence], sequence: Sequence, budget: int) -> int:
-    size = min(_remaining(sequence), budget)
-    plan.append(ScheduledSequence(sequence, size))
-    return size
+def _late(queue: bool) -> RequestError:
+    if queue:
+        return RequestError("queue_timeout", "The request waited in the queue for too long.")
+    return RequestError("timeout", "The deadline passed before the request was finished.")

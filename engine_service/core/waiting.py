@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import heapq
 
-from penstock.engine_service.core.request import Request, Sequence
-
-Rank = tuple[int, int, int]  # priority (lower first), arrival number, choice
+from penstock.engine_service.core.request import Rank, Request, Sequence
 
 # Entries of members that left stay in a heap until they outnumber the live ones by this many.
 _SLACK = 256
@@ -26,10 +24,10 @@ class WaitingQueue:
     def __contains__(self, sequence: Sequence) -> bool:
         return sequence in self._entries
 
-    def push(self, rank: Rank, sequence: Sequence) -> None:
+    def push(self, sequence: Sequence) -> None:
         self._serial += 1
         self._entries[sequence] = self._serial
-        heapq.heappush(self._heap, (rank, self._serial, sequence))
+        heapq.heappush(self._heap, (sequence.rank, self._serial, sequence))
 
     def peek(self) -> Sequence | None:
         while self._heap:

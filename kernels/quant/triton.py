@@ -1,5 +1,7 @@
 """Float8 rows on CUDA: a Triton kernel rounds, torch's scaled product multiplies."""
 
+# mypy: disable-error-code="no-untyped-def"
+
 from __future__ import annotations
 
 import torch

@@ -18,7 +18,16 @@ if TYPE_CHECKING:
 
 _HERE = Path(__file__).parent
 _SERVER_PACKAGES = ("grpc", "grpc_health", "grpc_status", "prometheus_client", "pydantic", "pytest_asyncio")
-_SERVER_TESTS = ("server", "multiplex", "faults", "validation", "real_model", "example", "tensor_parallel")
+_SERVER_TESTS = (
+    "wire",
+    "server",
+    "multiplex",
+    "faults",
+    "validation",
+    "real_model",
+    "example",
+    "tensor_parallel",
+)
 _PROPERTY_TESTS = ("scheduler", "block_pool", "validation")
 
 
@@ -37,7 +46,16 @@ def _register(name: str) -> None:
     spec.loader.exec_module(module)
 
 
-for _name in ("fake_runner", "in_process", "fake_core"):
+_FAKES = (
+    "fake_runner",
+    "in_process",
+    "fake_core",
+    "device_driver",
+    "sampler_rows",
+    "plans",
+    "scripted_drafter",
+)
+for _name in _FAKES:
     _register(_name)
 
 collect_ignore: list[str] = []

@@ -14,11 +14,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from fake_runner import FakeRunner, fake_ready
+from fake_runner import FakeRunner, Row, fake_ready
 
 from penstock.engine_service.core import process
 from penstock.engine_service.core.messages import Configure, Ready, RequestError
-from penstock.engine_service.core.request import ScheduledSequence, StepPlan
+from penstock.engine_service.core.plan import StepPlan
 
 SLOW = 901  # its steps take a while, so that there is time to interfere
 CRASH = 902  # the process dies in the step
@@ -58,7 +58,7 @@ def build(configure: Configure, on_progress: Callable[[int, int], None]) -> Fake
 
 
 def before_step(plan: StepPlan) -> None:
-    heads = {item.sequence.token_ids[0] for item in plan.scheduled}
+    heads = {int(sequence.token_ids[0]) for sequence in plan.sequences}
     if SLOW in heads:
         time.sleep(0.005)
     if CRASH in heads:
@@ -76,8 +76,8 @@ def before_step(plan: StepPlan) -> None:
         )
 
 
-def before_sequence(item: ScheduledSequence) -> None:
-    if item.sequence.token_ids[0] == FAIL_SEQUENCE and item.sequence.num_output_tokens == 1:
+def before_sequence(row: Row) -> None:
+    if row.tokens[0] == FAIL_SEQUENCE and row.num_output == 1:
         raise RequestError("invalid_value", "this sequence cannot go on", "sampling")
 
 

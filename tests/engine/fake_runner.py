@@ -1,7 +1,8 @@
 """A runner without a model: the next token is a hash of the context, read through the block table.
 
 It keeps "keys and values" (here: the token ids) per block, writes what a step computes and reads the whole
-context back, so a block that was shared wrongly, reused too early or skipped shows as an error.
+context back, so a block that was shared wrongly, reused too early or skipped shows as an error. With
+lookahead a step is computed only when it is waited for, as if a device did it meanwhile.
 """
 
 from __future__ import annotations
@@ -12,14 +13,17 @@ from array import array
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from penstock.engine_service.core.messages import Logprobs, Ready, RequestError, Sampling
-from penstock.engine_service.core.request import ScheduledSequence, Sequence, SequenceResult, StepPlan
+from penstock.engine_service.core.plan import StepPlan, StepResult
+from penstock.engine_service.core.request import Sequence
 
 VOCAB = 1000
 
 
 def next_token(context: list[int], choice: int = 0, vocab: int = VOCAB) -> int:
-    digest = hashlib.blake2b(array("I", [choice, *context]).tobytes(), digest_size=8).digest()
+    digest = hashlib.blake2b(array("i", [choice, *context]).tobytes(), digest_size=8).digest()
     return int.from_bytes(digest, "little") % vocab
 
 
@@ -32,74 +36,207 @@ def expected(prompt: list[int], count: int, choice: int = 0, vocab: int = VOCAB)
 
 
 @dataclass
+class Row:
+    """One row of a plan as it was when the step was started."""
+
+    sequence: Sequence
+    key: tuple[int, int]
+    tenancy: tuple[int, int]  # (slot, epoch)
+    slot: int
+    start: int
+    count: int
+    samples: bool
+    pending: bool
+    draft: list[int]
+    tokens: list[int]  # the host's up to start + count, without a pending one and without drafts
+    blocks: list[int]
+
+    @property
+    def end(self) -> int:
+        return self.start + self.count
+
+    @property
+    def num_output(self) -> int:
+        """Output tokens before the first one that this row samples."""
+        return self.end - len(self.draft) - self.sequence.num_prompt_tokens
+
+    @property
+    def over(self) -> bool:
+        """Whether the sequence has lost its slot since."""
+        table = self.sequence.table
+        return table is None or (self.sequence.slot, int(table.epochs[self.sequence.slot])) != self.tenancy
+
+    def written(self, block_size: int) -> list[int]:
+        return self.blocks[self.start // block_size : (self.end - 1) // block_size + 1]
+
+
+def rows_of(plan: StepPlan) -> list[Row]:
+    rows = []
+    for i, sequence in enumerate(plan.sequences):
+        slot, start, count = int(plan.slots[i]), int(plan.starts[i]), int(plan.counts[i])
+        draft = plan.drafts[i].tolist() if i in plan.drafts else []
+        pending = bool(plan.pending[i])
+        known = start + count - len(draft) - pending
+        rows.append(
+            Row(
+                sequence,
+                sequence.key,
+                (slot, int(plan.epochs[i])),
+                slot,
+                start,
+                count,
+                bool(plan.samples[i]),
+                pending,
+                draft,
+                plan.table.tokens[slot, :known].tolist(),
+                plan.table.blocks(slot),
+            )
+        )
+    return rows
+
+
+class FakeStep:
+    def __init__(self, compute: Callable[[], StepResult]) -> None:
+        self._compute = compute
+
+    def wait(self) -> StepResult:
+        return self._compute()
+
+
+@dataclass
 class FakeRunner:
     block_size: int = 16
     vocab: int = VOCAB
+    lookahead: bool = False
     memory: dict[tuple[int, int], int] = field(default_factory=dict)
     held: set[Sequence] = field(default_factory=set)
     plans: list[list[tuple[tuple[int, int], int]]] = field(default_factory=list)
-    on_run: Callable[[StepPlan], None] | None = None  # may raise: the step fails
-    on_sequence: Callable[[ScheduledSequence], None] | None = None  # may raise RequestError
+    on_run: Callable[[StepPlan], None] | None = None  # when started; may raise: the step fails
+    on_wait: Callable[[list[Row]], None] | None = None  # when computed; may raise: the step fails
+    on_sequence: Callable[[Row], None] | None = None  # may raise RequestError
+    exact: Callable[[Sequence], bool] = lambda sequence: False
     forgotten: list[tuple[int, int]] = field(default_factory=list)
+    most_in_flight: int = 0
     # Failed checks: the loop takes an exception here for a failing step, and would hide it by trying again.
     problems: list[str] = field(default_factory=list)
+    _in_flight: list[list[Row]] = field(default_factory=list)
+    _last: dict[int, int] = field(default_factory=dict)  # the last sampled token by slot, "on the device"
+    _behind_a_failure: list[Row] | None = None
 
-    def run(self, plan: StepPlan) -> list[SequenceResult]:
-        self.plans.append([(item.sequence.key, item.num_tokens) for item in plan.scheduled])
+    def start(self, plan: StepPlan) -> FakeStep:
         try:
+            rows = rows_of(plan)
+            self.plans.append([(row.key, row.count) for row in rows])
+            self._check_plan(plan, rows)
             if self.on_run is not None:
                 self.on_run(plan)
-            self._check_writes(plan)
-            return [self._one(item) for item in plan.scheduled]
+            self._in_flight.append(rows)
+            self.most_in_flight = max(self.most_in_flight, len(self._in_flight))
         except AssertionError as error:
             self.problems.append(str(error))
             raise
+        if self.lookahead:
+            return FakeStep(lambda: self._compute(rows))
+        try:
+            result = self._compute(rows)
+        except Exception as error:
+            failure = error
+            return FakeStep(lambda: _raise(failure))
+        return FakeStep(lambda: result)
+
+    def needs_host_tokens(self, sequence: Sequence) -> bool:
+        return self.exact(sequence)
 
     def forget(self, sequence: Sequence) -> None:
         assert sequence.slot >= 0
         self.forgotten.append(sequence.key)
         self.held.discard(sequence)
 
-    def _check_writes(self, plan: StepPlan) -> None:
-        """No two sequences of a step write one block, and no slot is used twice."""
-        writers: dict[int, tuple[int, int]] = {}
-        for item in plan.scheduled:
-            sequence = item.sequence
-            first = sequence.num_computed_tokens // self.block_size
-            last = (sequence.num_computed_tokens + item.num_tokens - 1) // self.block_size
-            for block in sequence.block_table[first : last + 1]:
-                assert block not in writers, f"block {block} written by {writers[block]} and {sequence.key}"
-                writers[block] = sequence.key
-        slots = [item.sequence.slot for item in plan.scheduled]
+    def _check_plan(self, plan: StepPlan, rows: list[Row]) -> None:
+        """No two sequences write one block, in this step or one in flight; nothing goes beyond its limits."""
+        writers = {
+            block: row.tenancy
+            for step in self._in_flight
+            for row in step
+            for block in row.written(self.block_size)
+        }
+        for row in rows:
+            for block in row.written(self.block_size):
+                assert writers.get(block, row.tenancy) == row.tenancy, f"block {block} has two writers"
+                writers[block] = row.tenancy
+            assert len(row.blocks) * self.block_size >= row.end
+            params = row.sequence.request.params
+            if row.samples:
+                most = row.num_output + len(row.draft) + 1
+                assert most <= max(1, params.max_new_tokens), f"{row.key} is planned beyond its length"
+                assert row.end < max(plan.table.max_model_len, row.sequence.num_prompt_tokens + 1)
+            assert not (row.pending and self.exact(row.sequence)), "an exact sequence was planned too early"
+        slots = [row.slot for row in rows]
         assert len(set(slots)) == len(slots)
-        assert all(slot >= 0 for slot in slots)
+        counts = [row.count for row in rows]
+        assert counts[: plan.num_decodes] == [1] * plan.num_decodes
+        assert all(row.pending is False for row in rows[plan.num_decodes :])
 
-    def _one(self, item: ScheduledSequence) -> SequenceResult:
-        sequence = item.sequence
-        self.held.add(sequence)
-        if self.on_sequence is not None:
+    def _compute(self, rows: list[Row]) -> StepResult:
+        try:
+            assert self._in_flight.pop(0) is rows, "steps are waited for in their order"
+            if self._behind_a_failure == rows:
+                raise RuntimeError("what this step reads was never written")
             try:
-                self.on_sequence(item)
-            except RequestError as error:
-                return SequenceResult(error=error)
-        start = sequence.num_computed_tokens
-        end = start + item.num_tokens
-        for position in range(start, end):
-            self.memory[self._place(sequence, position)] = sequence.token_ids[position]
-        context = [self.memory[self._place(sequence, position)] for position in range(end)]
-        assert context == sequence.token_ids[:end], f"{sequence.key} reads someone else's blocks"
-        result = SequenceResult()
-        if item.samples:
-            result.tokens = [next_token(context, sequence.choice, self.vocab)]
-            if sequence.sampling.logprobs is not None:
-                result.logprobs = _rows(result.tokens, sequence.sampling.logprobs)
-        if sequence.sampling.prompt_logprobs is not None:
-            targets = sequence.token_ids[start + 1 : min(end + 1, sequence.num_prompt_tokens)]
-            result.prompt_logprobs = _rows(targets, sequence.sampling.prompt_logprobs)
-        return result
+                if self.on_wait is not None:
+                    self.on_wait(rows)
+            except Exception:
+                self._behind_a_failure = self._in_flight[0] if self._in_flight else None
+                raise
+            width = 1 + max((len(row.draft) for row in rows), default=0)
+            result = StepResult(np.zeros((len(rows), width), np.int32), np.zeros(len(rows), np.int32))
+            for index, row in enumerate(rows):
+                try:
+                    self._one(index, row, result)
+                except RequestError as error:
+                    result.errors[index] = error
+                if row.over:
+                    self.held.discard(row.sequence)
+            return result
+        except AssertionError as error:
+            self.problems.append(str(error))
+            raise
 
-    def _place(self, sequence: Sequence, position: int) -> tuple[int, int]:
-        return sequence.block_table[position // self.block_size], position % self.block_size
+    def _one(self, index: int, row: Row, result: StepResult) -> None:
+        sequence = row.sequence
+        self.held.add(sequence)
+        tokens = row.tokens + ([self._last[row.slot]] if row.pending else []) + row.draft
+        assert len(tokens) == row.end
+        for position in range(row.start, row.end):
+            self.memory[self._place(row, position)] = tokens[position]
+        context = [self.memory[self._place(row, position)] for position in range(row.end)]
+        assert context == tokens, f"{row.key} reads someone else's blocks"
+        if self.on_sequence is not None:
+            self._last[row.slot] = 0  # a device goes on with something
+            self.on_sequence(row)
+        if row.samples:
+            sampled: list[int] = []
+            for behind in range(row.end - len(row.draft), row.end + 1):
+                sampled.append(next_token(context[:behind], row.key[1], self.vocab))
+                if behind < row.end and sampled[-1] != context[behind]:
+                    break
+            result.tokens[index, : len(sampled)] = sampled
+            result.num_tokens[index] = len(sampled)
+            self._last[row.slot] = sampled[-1]
+            if sequence.sampling.logprobs is not None:
+                result.logprobs[index] = _rows(sampled, sequence.sampling.logprobs)
+        if sequence.sampling.prompt_logprobs is not None:
+            prompt = sequence.request.prompt.tolist()
+            targets = prompt[row.start + 1 : row.end + 1]
+            if targets:
+                result.prompt_logprobs[index] = _rows(targets, sequence.sampling.prompt_logprobs)
+
+    def _place(self, row: Row, position: int) -> tuple[int, int]:
+        return row.blocks[position // self.block_size], position % self.block_size
+
+
+def _raise(error: Exception) -> StepResult:
+    raise error
 
 
 def _rows(tokens: list[int], width: int) -> Logprobs:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from fake_runner import FakeRunner
 
 from penstock.engine_service.core.inbox import Inbox
-from penstock.engine_service.core.loop import EngineLoop, Runner
+from penstock.engine_service.core.loop import EngineLoop
 from penstock.engine_service.core.messages import (
     AddRequest,
     Failure,
@@ -18,6 +18,7 @@ from penstock.engine_service.core.messages import (
     StepOutput,
     ToCore,
 )
+from penstock.engine_service.core.plan import Drafter, Runner
 
 
 @dataclass
@@ -48,6 +49,7 @@ class Harness:
         max_num_batched_tokens: int = 64,
         max_model_len: int = 512,
         enable_prefix_caching: bool = True,
+        drafter: Drafter | None = None,
     ) -> None:
         self.inbox = Inbox()
         self.sent: list[FromCore] = []
@@ -63,6 +65,7 @@ class Harness:
             max_num_batched_tokens=max_num_batched_tokens,
             max_model_len=max_model_len,
             enable_prefix_caching=enable_prefix_caching,
+            drafter=drafter,
         )
 
     def send(self, message: FromCore) -> None:
@@ -98,7 +101,7 @@ class Harness:
         """Until there is no work; fails when that takes more than `limit` steps."""
         self.loop.step()
         for _ in range(limit):
-            if not self.loop.scheduler.has_work:
+            if not self.loop.has_work:
                 return
             self.loop.step()
         raise AssertionError(f"still working after {limit} steps")
@@ -117,11 +120,14 @@ class Harness:
         assert counters.accepted == counters.finished + counters.aborted + counters.failed
         scheduler = self.loop.scheduler
         assert not scheduler.live()
-        assert not scheduler._ranks
+        assert not len(scheduler._running)
+        assert not scheduler._retired
+        assert sorted(scheduler._free_slots) == list(range(scheduler.table.num_slots))
+        assert not any(scheduler.table.owners)
         assert not scheduler._running_of
         assert not scheduler._suspects
         assert not scheduler._kv._chains
-        assert not self.loop._postprocessor._prompt_rows
+        assert not len(self.loop._postprocessor._prompt_rows)
         pool = scheduler.pool
         assert pool.num_free == pool.num_blocks
         assert all(pool.references(block) == 0 for block in range(pool.num_blocks))

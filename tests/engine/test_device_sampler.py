@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from sampler_rows import append, sample
 from torch import Tensor
 
 from penstock.engine_service.core.device_edits import mask_of
@@ -52,7 +53,7 @@ def make_sequence(
     params = AddRequest(**identity, sampling=Sampling(**{"temperature": 0.0} | options))
     sequence = Request.create(params).sequences[0]
     if output:
-        sequence.token_ids += output
+        append(sequence, output)
     sequence.slot = slot
     return sequence
 
@@ -101,7 +102,7 @@ def test_edited_greedy_rows_equal_the_host(device: torch.device, dtype: torch.dt
             make_sequence(slot, [4, 5, 4], request={"min_new_tokens": slot, "eos_token_ids": [1]}, **edit)
             for slot, edit in enumerate(EDITS)
         ]
-        expected = Sampler(VOCAB, torch.device("cpu"), 0).sample(logits.float(), sequences)
+        expected = sample(Sampler(VOCAB, torch.device("cpu"), 0), logits.float(), sequences)
         result = run(new_sampler(device), logits, sequences)
         assert result.errors == {}
         assert result.tokens.tolist() == [row.tokens[0] for row in expected]
@@ -201,7 +202,7 @@ def test_logprobs_equal_the_host(device: torch.device) -> None:
         {"logprobs": 20},
     ]
     sequences = [make_sequence(slot, **option) for slot, option in enumerate(options)]
-    expected = Sampler(VOCAB, torch.device("cpu"), 0).sample(logits, sequences)
+    expected = sample(Sampler(VOCAB, torch.device("cpu"), 0), logits, sequences)
     result = run(new_sampler(device), logits, sequences)
     assert set(result.logprobs) == {0, 2, 3, 4}
     for row, found in result.logprobs.items():
@@ -236,7 +237,7 @@ def test_rows_of_one_sequence_draw_what_single_steps_would(device: torch.device)
     single = []
     for row in range(4):
         single.append(int(run(sampler, logits[row : row + 1], [sequence]).tokens[0]))
-        sequence.token_ids.append(single[-1])
+        append(sequence, [single[-1]])
     assert together == single
     repeated = run(new_sampler(device), logits[:1].expand(4, -1), [sequence] * 4, positions=positions).tokens
     assert len(set(repeated.tolist())) > 1

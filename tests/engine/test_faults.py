@@ -28,9 +28,9 @@ from penstock.engine_service.core.messages import (
     Configure,
     LoadFailed,
     Ready,
-    decode_from_core,
-    encode,
+    Shutdown,
 )
+from penstock.engine_service.core.wire import decode_from_core, encode
 from penstock.engine_service.core_keeper import EngineLost, ModelUnusable, State
 from penstock.protos import engine_pb2 as pb
 from penstock.protos import engine_pb2_grpc
@@ -216,6 +216,15 @@ def test_end_of_the_socket_ends_a_stuck_core(bare: BareCore) -> None:
     assert b"stuck\n" in iter(bare.process.stderr.readline, b"")
     bare.socket.shutdown(socket.SHUT_RDWR)
     assert bare.process.wait(timeout=5) == 1
+
+
+def test_shutdown_ends_a_stuck_core(bare: BareCore) -> None:
+    bare.until(Ready)
+    bare.socket.sendall(encode(AddRequest(id=1, prompt=[STUCK])))
+    assert bare.process.stderr is not None
+    assert b"stuck\n" in iter(bare.process.stderr.readline, b"")
+    bare.socket.sendall(encode(Shutdown()))
+    assert bare.process.wait(timeout=10) == 1
 
 
 def test_signals_for_the_group_do_not_end_the_core(bare: BareCore) -> None:

@@ -6,10 +6,10 @@ import math
 import threading
 
 import pytest
-from fake_runner import FakeRunner, expected, logprob_of
+from fake_runner import FakeRunner, Row, expected, logprob_of, rows_of
 from in_process import Harness
 
-from penstock.engine_service.core import loop as loop_module
+from penstock.engine_service.core import clock as core_clock
 from penstock.engine_service.core.faults import MAX_FAILURES_IN_A_ROW, EngineFatal
 from penstock.engine_service.core.inbox import Inbox
 from penstock.engine_service.core.messages import (
@@ -24,7 +24,8 @@ from penstock.engine_service.core.messages import (
     Sampling,
     Shutdown,
 )
-from penstock.engine_service.core.request import ScheduledSequence, StepPlan
+from penstock.engine_service.core.plan import StepPlan, StepResult
+from penstock.engine_service.core.request import Request
 
 PROMPT = [1, 2, 3]
 SAYS = expected(PROMPT, 12)
@@ -136,7 +137,7 @@ def test_a_silent_abort_still_reports_the_load() -> None:
 
 def test_both_deadlines_at_once_end_one_request_once(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [1_000]
-    monkeypatch.setattr(loop_module, "monotonic_us", lambda: clock[0])
+    monkeypatch.setattr(core_clock, "monotonic_us", lambda: clock[0])
     harness = Harness(max_num_seqs=1)
     harness.put(
         AddRequest(id=1, prompt=PROMPT, max_new_tokens=20),
@@ -152,7 +153,7 @@ def test_both_deadlines_at_once_end_one_request_once(monkeypatch: pytest.MonkeyP
 
 def test_deadlines_of_the_queue_and_of_the_request(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [1_000]
-    monkeypatch.setattr(loop_module, "monotonic_us", lambda: clock[0])
+    monkeypatch.setattr(core_clock, "monotonic_us", lambda: clock[0])
     harness = Harness(max_num_seqs=1)
     harness.put(
         AddRequest(id=1, prompt=PROMPT, max_new_tokens=100, queue_deadline_us=2_000),
@@ -174,9 +175,29 @@ def test_deadlines_of_the_queue_and_of_the_request(monkeypatch: pytest.MonkeyPat
     assert failure.usage.completion_tokens > 0
 
 
+def test_an_expired_request_that_cannot_be_removed_keeps_nobody_else(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(core_clock, "monotonic_us", lambda: 9_000)
+    harness = Harness()
+    harness.put(*(AddRequest(id=i, prompt=PROMPT, max_new_tokens=3, deadline_us=5_000) for i in (1, 2)))
+    harness.put(AddRequest(id=3, prompt=PROMPT, max_new_tokens=3))
+    remove = harness.loop.scheduler.remove
+
+    def fail_first(request: Request) -> None:
+        if request.id == 1:
+            raise ArithmeticError
+        remove(request)
+
+    monkeypatch.setattr(harness.loop.scheduler, "remove", fail_first)
+    harness.run()
+    assert [harness.said[number].failures[0].reason for number in (1, 2)] == ["timeout", "timeout"]
+    assert harness.said[3].tokens[0] == SAYS[:3]
+
+
 def test_an_idle_loop_sleeps_until_the_next_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [1_000_000]
-    monkeypatch.setattr(loop_module, "monotonic_us", lambda: clock[0])
+    monkeypatch.setattr(core_clock, "monotonic_us", lambda: clock[0])
     harness = Harness()
     assert harness.loop._idle_wait_s() == 1.0
     harness.loop.scheduler.add(AddRequest(id=1, prompt=[1], deadline_us=1_250_000))
@@ -186,8 +207,8 @@ def test_an_idle_loop_sleeps_until_the_next_deadline(monkeypatch: pytest.MonkeyP
 
 
 def test_an_error_in_one_result_ends_that_request_alone() -> None:
-    def fail_second(item: ScheduledSequence) -> None:
-        if item.sequence.request.id == 2 and item.sequence.num_output_tokens == 2:
+    def fail_second(row: Row) -> None:
+        if row.key[0] == 2 and row.num_output == 2:
             raise RequestError("invalid_value", "bad ids", "logit_bias")
 
     harness = Harness(FakeRunner(on_sequence=fail_second))
@@ -201,11 +222,10 @@ def test_an_error_in_one_result_ends_that_request_alone() -> None:
 class BadRows(FakeRunner):
     """Returns a malformed result for request 2."""
 
-    def _one(self, item: ScheduledSequence):  # type: ignore[no-untyped-def]
-        result = super()._one(item)
-        if item.sequence.request.id == 2:
-            result.tokens = []
-        return result
+    def _one(self, index: int, row: Row, result: StepResult) -> None:
+        super()._one(index, row, result)
+        if row.key[0] == 2:
+            result.num_tokens[index] = 0
 
 
 def test_a_malformed_result_ends_that_request_alone() -> None:
@@ -228,7 +248,7 @@ def test_one_failing_step_is_computed_again_with_the_same_output() -> None:
     failures = iter([True])
 
     def fail_once(plan: StepPlan) -> None:
-        if len(plan.scheduled) == 4 and plan.num_tokens == 4 and next(failures, False):
+        if len(plan) == 4 and plan.num_tokens == 4 and next(failures, False):
             raise RuntimeError("device hiccup")
 
     harness = Harness(FakeRunner(on_run=fail_once))
@@ -240,8 +260,8 @@ def test_one_failing_step_is_computed_again_with_the_same_output() -> None:
 
 def test_a_poisonous_request_is_found_and_refused_alone() -> None:
     def poison(plan: StepPlan) -> None:
-        for item in plan.scheduled:
-            if item.sequence.request.id == 3 and item.sequence.num_output_tokens == 2:
+        for row in rows_of(plan):
+            if row.key[0] == 3 and row.num_output == 2:
                 raise ZeroDivisionError
 
     harness = Harness(FakeRunner(on_run=poison))
@@ -254,8 +274,8 @@ def test_a_poisonous_request_is_found_and_refused_alone() -> None:
 
 def test_poison_in_a_long_prompt_spares_waiting_requests() -> None:
     def poison(plan: StepPlan) -> None:
-        for item in plan.scheduled:
-            if item.sequence.request.id == 0 and item.sequence.num_computed_tokens > 8:
+        for row in rows_of(plan):
+            if row.key[0] == 0 and row.start > 8:
                 raise RuntimeError
 
     harness = Harness(FakeRunner(on_run=poison), max_num_seqs=1, max_num_batched_tokens=4)
@@ -278,8 +298,9 @@ def test_out_of_memory_twice_says_overloaded() -> None:
 
 def test_too_few_results_fail_the_step() -> None:
     class Short(FakeRunner):
-        def run(self, plan):  # type: ignore[no-untyped-def]
-            return super().run(plan)[1:]
+        def _compute(self, rows: list[Row]) -> StepResult:
+            result = super()._compute(rows)
+            return StepResult(result.tokens[1:], result.num_tokens[1:])
 
     said = Harness(Short()).generate(AddRequest(id=1, prompt=PROMPT))
     assert said[1].failures[0].reason == "engine_lost"

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from in_process import Harness, Said
@@ -18,6 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from penstock.engine_service.core.build import build
 from penstock.engine_service.core.messages import AbortRequests, AddRequest, Configure, Sampling
+from penstock.engine_service.core.slots import Int32s
 from penstock.engine_service.core_process import COMMAND
 from penstock.protos import engine_pb2 as pb
 
@@ -30,6 +32,29 @@ PROMPTS = [
     for _ in range(16)
 ]
 NEW = 12
+
+
+class Rereader:
+    """Drafts what was said before, of which every third token is wrong."""
+
+    def __init__(self, answers: dict[tuple[int, int], list[int]]) -> None:
+        self.answers = answers
+        self.accepted = 0
+
+    def budget(self, num_sequences: int) -> int:
+        return 5
+
+    def propose(self, key: tuple[int, int], tokens: Int32s, limit: int) -> Int32s:
+        done = len(tokens) - len(PROMPTS[key[0]])
+        draft = self.answers[key][done : done + limit]
+        return np.array(
+            [(token + 1) % VOCAB if (done + i) % 3 == 2 else token for i, token in enumerate(draft)], np.int32
+        )
+
+    def observe(self, key: tuple[int, int], num_tokens: int, drafted: int, accepted: int) -> None:
+        self.accepted += accepted
+
+    def forget(self, key: tuple[int, int]) -> None: ...
 
 
 def engine(folder: Path, **limits: Any) -> Harness:
@@ -134,6 +159,47 @@ def test_seeded_tokens_do_not_depend_on_the_batch(llama: Path, n: int) -> None:
     crowded = engine(llama, num_blocks=40, max_num_batched_tokens=19).generate(*others, sampled(3))
     assert alone[3].tokens == crowded[3].tokens
     assert len({tuple(row) for row in alone[3].tokens.values()}) == n
+
+
+MIXED: list[dict[str, Any]] = [
+    {"temperature": 0.0},
+    {"temperature": 1.0, "seed": 5},
+    {"temperature": 0.8, "top_p": 0.9, "top_k": 50, "seed": 6},
+    {"temperature": 1.2, "min_p": 0.02, "seed": 7, "logprobs": 2},
+    {"temperature": 0.0, "logit_bias": {9: 3.0}, "bad_words": [[40]]},
+    {"temperature": 1.0, "seed": 8, "repetition_penalty": 1.2},
+    {"temperature": 0.0, "bad_words": [[40, 41]]},
+    {"temperature": 1.0, "seed": 9, "allowed_token_ids": [5, 9, 77, 130, 200]},
+]
+
+
+@pytest.mark.parametrize("blocks", [400, 60])
+def test_verified_drafts_give_the_same_tokens(llama: Path, blocks: int) -> None:
+    """Greedy and seeded, filtered and edited: drafts change the number of steps and nothing else."""
+
+    def requests() -> list[AddRequest]:
+        made = [greedy(number, n=1 + number % 2) for number in range(16)]
+        for params in made:
+            params.sampling = Sampling(**MIXED[params.id % len(MIXED)])
+            params.min_new_tokens = 4
+            params.eos_token_ids = [130]
+        return made
+
+    plain = engine(llama)
+    said = plain.generate(*requests())
+    answers = {(n, choice): row for n in range(16) for choice, row in said[n].tokens.items()}
+    drafter = Rereader(answers)
+    drafted = engine(llama, drafter=drafter, num_blocks=blocks)
+    again = drafted.generate(*requests())
+    for number in range(16):
+        assert again[number].tokens == said[number].tokens
+        before, after = said[number].finished[0], again[number].finished[0]
+        assert (before.reason, before.stop_token_id) == (after.reason, after.stop_token_id)
+        assert after.cumulative_logprob == pytest.approx(before.cumulative_logprob, abs=1e-3)
+        exact = {"repetition_penalty", "bad_words"} & set(MIXED[number % len(MIXED)])
+        assert (after.usage.drafted_tokens > 0) == (not exact or number % len(MIXED) == 4)
+    assert drafter.accepted > 50
+    assert (drafted.loop.load().num_preemptions > 0) == (blocks < 400)
 
 
 def test_prompt_logprobs_equal_transformers(llama: Path) -> None:

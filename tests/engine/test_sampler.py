@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sampler_rows import RowResult, append, sample
 from torch import Tensor
 from transformers import (
     MinNewTokensLengthLogitsProcessor,
@@ -19,7 +20,7 @@ from transformers import (
 )
 
 from penstock.engine_service.core.messages import AddRequest, RequestError, Sampling
-from penstock.engine_service.core.request import Request, Sequence, SequenceResult
+from penstock.engine_service.core.request import Request, Sequence
 from penstock.engine_service.core.sampler import Sampler
 
 VOCAB = 300
@@ -41,7 +42,7 @@ def make_sequence(
         **request or {},
     )
     sequence = Request.create(params).sequences[0]
-    sequence.token_ids += output or []
+    append(sequence, output or [])
     return sequence
 
 
@@ -53,8 +54,8 @@ def new_sampler(vocab_size: int = VOCAB) -> Sampler:
     return Sampler(vocab_size, torch.device("cpu"), seed=0)
 
 
-def sample_one(logits: Tensor, sequence: Sequence) -> SequenceResult:
-    (result,) = new_sampler(len(logits)).sample(logits.unsqueeze(0), [sequence])
+def sample_one(logits: Tensor, sequence: Sequence) -> RowResult:
+    (result,) = sample(new_sampler(len(logits)), logits.unsqueeze(0), [sequence])
     return result
 
 
@@ -65,7 +66,7 @@ def choose(logits: Tensor, sequence: Sequence) -> int:
     return token
 
 
-def error_of(result: SequenceResult) -> RequestError:
+def error_of(result: RowResult) -> RequestError:
     assert result.tokens == []
     assert result.logprobs is None
     assert result.error is not None
@@ -102,7 +103,7 @@ def test_logits_are_left_alone() -> None:
         make_sequence(repetition_penalty=1.5, bad_words=[[4]]),
         make_sequence(logit_bias={5: 100.0}),
     ]
-    new_sampler().sample(logits, sequences)
+    sample(new_sampler(), logits, sequences)
     assert torch.equal(logits, before)
 
 
@@ -173,11 +174,11 @@ def test_penalties_follow_the_sequence_step_by_step() -> None:
     sampler = new_sampler()
     for position in range(120):
         logits = random_logits(1, seed=position % 7)
-        fresh = make_sequence(kept.token_ids[3:], **sampling)
+        fresh = make_sequence(kept.token_ids[3:].tolist(), **sampling)
         expected = choose(logits[0], fresh)
-        (result,) = sampler.sample(logits, [kept])
+        (result,) = sample(sampler, logits, [kept])
         assert result.tokens == [expected]
-        kept.token_ids += result.tokens
+        append(kept, result.tokens)
 
 
 def test_only_repetition_counts_the_prompt() -> None:
@@ -252,7 +253,7 @@ def test_a_row_that_is_not_finite_fails_alone(value: float, sampling: dict[str, 
     others = [make_sequence(**good) for good in GOOD]
     alone = [sample_one(logits[row if row < 2 else row + 1], other) for row, other in enumerate(others)]
     sequences = [*others[:2], make_sequence(**sampling), *others[2:]]
-    results = new_sampler().sample(logits, sequences)
+    results = sample(new_sampler(), logits, sequences)
     error = error_of(results.pop(2))
     assert error.reason == "internal_error"
     assert error.message == "The model produced numbers that are not finite."
@@ -280,7 +281,7 @@ def test_a_row_with_nothing_left_fails_alone(
     others = [make_sequence(**good) for good in GOOD]
     alone = [sample_one(logits[row + 1], other) for row, other in enumerate(others)]
     empty = make_sequence(request=request_options, temperature=temperature, **filters, **sampling)
-    results = new_sampler().sample(logits, [empty, *others])
+    results = sample(new_sampler(), logits, [empty, *others])
     error = error_of(results.pop(0))
     assert (error.reason, error.message) == ("invalid_value", "No token is left to choose from.")
     assert error.param == param
@@ -300,7 +301,7 @@ def test_ids_outside_the_vocabulary_fail_alone(token: int, param: str) -> None:
     value = {"logit_bias": {token: 1.0}, "bad_words": [[1, token]]}.get(param, [token])
     logits = random_logits(2)
     bad, good = make_sequence(**{param: value}), make_sequence()
-    results = new_sampler().sample(logits, [bad, good])
+    results = sample(new_sampler(), logits, [bad, good])
     error = error_of(results[0])
     assert (error.reason, error.param) == ("invalid_value", param)
     assert results[1].tokens == [int(logits[1].argmax())]
@@ -309,13 +310,13 @@ def test_ids_outside_the_vocabulary_fail_alone(token: int, param: str) -> None:
 def test_prompt_ids_outside_the_vocabulary_do_not_reach_other_rows() -> None:
     logits = torch.ones(2, VOCAB)
     sequences = [make_sequence(prompt=[VOCAB, VOCAB + 200], repetition_penalty=2.0) for _ in range(2)]
-    assert [result.tokens for result in new_sampler().sample(logits, sequences)] == [[0], [0]]
+    assert [result.tokens for result in sample(new_sampler(), logits, sequences)] == [[0], [0]]
 
 
 def test_shapes_must_fit() -> None:
     with pytest.raises(ValueError, match="1 sequences"):
-        new_sampler().sample(random_logits(2), [make_sequence()])
-    assert new_sampler().sample(torch.empty(0, VOCAB), []) == []
+        sample(new_sampler(), random_logits(2), [make_sequence()])
+    assert sample(new_sampler(), torch.empty(0, VOCAB), []) == []
 
 
 def expected_logprobs(logits: Tensor) -> np.ndarray:
@@ -350,7 +351,7 @@ def test_each_row_gets_the_logprobs_it_asked_for() -> None:
         {"logprobs": 1, "logprob_token_ids": [8]},
         {"logprobs": 2 * VOCAB},
     ]
-    results = new_sampler().sample(logits, [make_sequence(**sampling) for sampling in asked])
+    results = sample(new_sampler(), logits, [make_sequence(**sampling) for sampling in asked])
     assert results[0].logprobs is None
     numbers = []
     for row, result in enumerate(results[1:], 1):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -39,7 +40,7 @@ def test_counts_equal_a_recount(
     counts = TokenCounts(VOCAB, include_prompt)
     for length in [*steps, len(output)]:  # also shorter than before: the tail was taken back
         length = min(length, len(output))
-        counts.update(prompt + output[:length], len(prompt))
+        counts.update(np.array(prompt + output[:length], np.int32), len(prompt))
         assert counted(counts) == expected(prompt, output[:length], include_prompt)
 
 
@@ -49,5 +50,5 @@ def test_every_id_of_the_vocabulary_fits(include_prompt: bool) -> None:
     sequence = [7, 7, 9]
     for token in [*range(VOCAB), *range(0, VOCAB, 2)]:
         sequence.append(token)
-        counts.update(sequence, 3)
+        counts.update(np.array(sequence, np.int32), 3)
     assert counted(counts) == expected(sequence[:3], sequence[3:], include_prompt)

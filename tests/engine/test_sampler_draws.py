@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from sampler_rows import RowResult, append, sample, set_tokens
 from torch import Tensor
 
 from penstock.engine_service.core.messages import AddRequest, Sampling
-from penstock.engine_service.core.request import Request, Sequence, SequenceResult
+from penstock.engine_service.core.request import Request, Sequence
 from penstock.engine_service.core.sampler import Sampler
 from penstock.engine_service.core.sampling_state import SamplingState
 
@@ -41,14 +42,14 @@ def new_sampler(vocab_size: int = VOCAB, seed: int = 0) -> Sampler:
 
 def logits_after(sequence: Sequence, vocab_size: int = VOCAB) -> Tensor:
     """Logits [V] that depend, like a model's, on the tokens alone."""
-    seed = hash(tuple(sequence.token_ids)) & 0x7FFFFFFF
+    seed = hash(tuple(sequence.token_ids.tolist())) & 0x7FFFFFFF
     return torch.randn(vocab_size, generator=torch.Generator().manual_seed(seed)) * 1.5
 
 
-def step(sampler: Sampler, sequences: list[Sequence]) -> list[SequenceResult]:
-    results = sampler.sample(torch.stack([logits_after(sequence) for sequence in sequences]), sequences)
+def step(sampler: Sampler, sequences: list[Sequence]) -> list[RowResult]:
+    results = sample(sampler, torch.stack([logits_after(sequence) for sequence in sequences]), sequences)
     for sequence, result in zip(sequences, results, strict=True):
-        sequence.token_ids += result.tokens
+        append(sequence, result.tokens)
     return results
 
 
@@ -56,7 +57,7 @@ def generate(sequence: Sequence, count: int = 12, sampler: Sampler | None = None
     sampler = sampler or new_sampler()
     for _ in range(count):
         step(sampler, [sequence])
-    return sequence.token_ids[sequence.num_prompt_tokens :]
+    return sequence.token_ids[sequence.num_prompt_tokens :].tolist()
 
 
 def chi_square_bound(degrees: int) -> float:
@@ -114,12 +115,12 @@ def test_draws_follow_the_exact_distribution(sampling: dict[str, Any], vocab_siz
     by_id = [make_sequence(id, **sampling) for id in range(3, 1003)]
     by_position = [make_sequence(id, seed=5, **sampling) for id in range(1000)]
     for position, sequence in enumerate(by_position):
-        sequence.token_ids += [0] * position
+        append(sequence, [0] * position)
     for sequences in (by_choice, by_seed, by_id, by_position):
         sampler = new_sampler(vocab_size)
         tokens = []
         for start in range(0, 1000, 250):
-            results = sampler.sample(logits.expand(250, -1), sequences[start : start + 250])
+            results = sample(sampler, logits.expand(250, -1), sequences[start : start + 250])
             tokens += [result.tokens[0] for result in results]
         assert_follows(np.bincount(tokens, minlength=vocab_size), exact)
 
@@ -138,7 +139,7 @@ def test_wide_filters_follow_the_exact_distribution(sampling: dict[str, Any]) ->
     tokens = [
         result.tokens[0]
         for start in range(0, 3000, 100)
-        for result in sampler.sample(logits.expand(100, -1), sequences[start : start + 100])
+        for result in sample(sampler, logits.expand(100, -1), sequences[start : start + 100])
     ]
     assert set(tokens) <= set(exact.nonzero()[0].tolist())
     probabilities = np.bincount(groups, weights=exact, minlength=40)
@@ -151,13 +152,13 @@ def test_neighbouring_draws_are_independent() -> None:
     sampler = new_sampler(8)
     along = make_sequence(seed=11)
     for _ in range(4000):
-        along.token_ids += sampler.sample(logits, [along])[0].tokens
+        append(along, sample(sampler, logits, [along])[0].tokens)
     across = [
         result.tokens[0]
         for sequence in make_request(id=2, n=4000, seed=11).sequences
-        for result in sampler.sample(logits, [sequence])
+        for result in sample(sampler, logits, [sequence])
     ]
-    for tokens in (along.token_ids[2:], across):
+    for tokens in (along.token_ids[2:].tolist(), across):
         cells = np.bincount([8 * first + second for first, second in pairwise(tokens)], minlength=64)
         assert_follows(cells, np.full(64, 1 / 64))
 
@@ -213,7 +214,7 @@ def test_preemption_and_restart_change_nothing() -> None:
         if position == 6:
             sampler = new_sampler()
         step(sampler, sequences)
-    assert [sequence.token_ids[2:] for sequence in sequences] == expected
+    assert [sequence.token_ids[2:].tolist() for sequence in sequences] == expected
 
 
 def test_forget_drops_everything_and_may_come_twice() -> None:
@@ -229,9 +230,9 @@ def test_a_shorter_sequence_is_counted_again() -> None:
     sampling = {"temperature": 0.0, "presence_penalty": 1.0, "frequency_penalty": 1.0}
     sampler, sequence = new_sampler(), make_sequence(**sampling)
     generate(sequence, 8, sampler)
-    del sequence.token_ids[5:]
+    set_tokens(sequence, sequence.token_ids[:5].tolist())
     fresh = make_sequence(**sampling)
-    fresh.token_ids = list(sequence.token_ids)
+    set_tokens(fresh, sequence.token_ids.tolist())
     assert generate(sequence, 6, sampler) == generate(fresh, 6)
 
 
@@ -276,5 +277,5 @@ def test_seeded_tokens_are_those_of_earlier_releases() -> None:
     """Written down once: users keep seeds."""
     sampler, sequence = new_sampler(100), make_sequence(seed=42)
     for _ in range(8):
-        sequence.token_ids += sampler.sample(torch.zeros(1, 100), [sequence])[0].tokens
-    assert sequence.token_ids[2:] == [9, 65, 77, 64, 99, 2, 45, 28]
+        append(sequence, sample(sampler, torch.zeros(1, 100), [sequence])[0].tokens)
+    assert sequence.token_ids[2:].tolist() == [9, 65, 77, 64, 99, 2, 45, 28]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from fake_runner import FakeRunner, expected
+from fake_runner import FakeRunner, expected, rows_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from in_process import Harness
@@ -16,7 +16,7 @@ from penstock.engine_service.core.messages import (
     RequestError,
     Sampling,
 )
-from penstock.engine_service.core.request import StepPlan
+from penstock.engine_service.core.plan import StepPlan
 from penstock.engine_service.core.scheduler import Scheduler
 
 FAST = settings(max_examples=80, deadline=None)
@@ -48,15 +48,14 @@ def workloads(draw: st.DrawFn) -> list[AddRequest]:
 
 
 def check_plan(plan: StepPlan, budget: int, slots: int) -> None:
-    sizes = [item.num_tokens for item in plan.scheduled]
+    rows = rows_of(plan)
+    sizes = [row.count for row in rows]
     assert all(size > 0 for size in sizes)
     assert sum(sizes) <= budget
     assert len(sizes) <= slots
-    ones = [size == 1 for size in sizes]
-    assert ones == sorted(ones, reverse=True), "single tokens come first"
-    for item in plan.scheduled:
-        sequence = item.sequence
-        assert len(sequence.block_table) * 4 >= sequence.num_computed_tokens + item.num_tokens
+    assert all(size == 1 for size in sizes[: plan.num_decodes])
+    for row in rows:
+        assert len(row.blocks) * 4 >= row.end
 
 
 @FAST
@@ -269,13 +268,23 @@ def test_malformed_requests_are_refused_alone(params: dict[str, object]) -> None
     assert said[2].tokens[0] == expected([1, 2], 2)
 
 
-def test_ids_that_break_the_prefix_lookup_fail_their_request_alone() -> None:
+def test_a_request_whose_prefix_cannot_be_looked_up_fails_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     harness = Harness(FakeRunner(4), block_size=4)
+    root = harness.loop.scheduler.pool.root
+
+    def break_one(salt: str) -> bytes:
+        if salt == "bad":
+            raise ArithmeticError
+        return root(salt)
+
+    monkeypatch.setattr(harness.loop.scheduler.pool, "root", break_one)
     said = harness.generate(
-        AddRequest(id=1, prompt=[-5] * 9),
+        AddRequest(id=1, prompt=[5] * 9, cache_salt="bad"),
         AddRequest(id=2, prompt=[1, 2], max_new_tokens=2),
+        AddRequest(id=3, prompt=[2**40]),
     )
     assert said[1].failures[0].reason == "internal_error"
+    assert said[3].failures[0].reason == "internal_error"
     assert said[2].tokens[0] == expected([1, 2], 2)
 
 

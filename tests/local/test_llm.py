@@ -259,7 +259,7 @@ def test_one_request_that_fails_does_not_take_the_others(llm: LLM, monkeypatch: 
     run = llm._loop._runner.run
 
     def poisoned(plan: Any) -> Any:
-        if any(item.sequence.request.params.prompt == [99] for item in plan.scheduled):
+        if any(sequence.request.params.prompt == [99] for sequence in plan.sequences):
             raise RuntimeError("boom")
         return run(plan)
 

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from plans import plan_rows
 
 from penstock.engine_service.core.build import build
 from penstock.engine_service.core.memory import num_blocks
 from penstock.engine_service.core.messages import AddRequest, Configure, Sampling
-from penstock.engine_service.core.request import Request, ScheduledSequence, StepPlan
+from penstock.engine_service.core.request import Request
+from penstock.engine_service.core.slots import SlotTable
 from penstock.engine_service.models.errors import ModelError
 
 
@@ -50,11 +52,13 @@ def test_prefix_caching_switched_off_is_no_capability(tiny_checkpoint: Callable[
 def test_what_is_built_generates(tiny_checkpoint: Callable[..., Path], options: dict[str, Any]) -> None:
     built = build(Configure(str(tiny_checkpoint("llama3")), num_kv_blocks=20, **options), ignore)
     sequence = Request.create(AddRequest(1, [1, 2, 3], Sampling(temperature=0.0))).sequences[0]
-    sequence.slot = 0
-    sequence.block_table = [7]
-    result = built.runner.run(StepPlan([ScheduledSequence(sequence, 3)]))[0]
-    assert result.error is None
-    assert 0 <= result.tokens[0] < built.vocab_size
+    table = SlotTable(2, 20, built.block_size)
+    table.take(0, sequence)
+    table.append_blocks(0, [7])
+    result = built.runner.start(plan_rows(table, [(sequence, 3)])).wait()
+    assert not result.errors
+    assert result.num_tokens.tolist() == [1]
+    assert 0 <= result.tokens[0, 0] < built.vocab_size
     built.runner.forget(sequence)
 
 

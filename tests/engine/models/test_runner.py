@@ -6,12 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from penstock.engine_service.core import prompt_logprobs as scoring
 from penstock.engine_service.core.messages import Logprobs, RequestError
-from penstock.engine_service.core.request import SequenceResult, StepPlan
+from penstock.engine_service.core.sampler import SampledRows
 
 PROMPT = [3, 141, 59, 26, 53, 58, 97, 93, 238, 46, 264, 33, 83]
 
@@ -22,7 +23,7 @@ def driver(tiny_checkpoint: Callable[..., Path], drive: Callable[..., Any]) -> A
 
 
 def test_an_empty_plan(driver: Any) -> None:
-    assert driver.runner.run(StepPlan([])) == []
+    assert driver.step([]) == []
 
 
 def test_results_are_parallel_to_the_plan_and_only_finished_chunks_sample(driver: Any) -> None:
@@ -43,16 +44,14 @@ def test_a_slot_passes_to_another_sequence_and_back(driver: Any) -> None:
     first = driver.sequence(1, PROMPT, 3)
     driver.step([(first, len(PROMPT))])
     driver.step([(first, 1)])
-    driver.free[:0] = first.block_table
-    first.block_table = []
-    first.num_computed_tokens = 0
-    first.num_preemptions += 1
+    driver.preempt(first, 4)
     other = driver.sequence(2, PROMPT[::-1], 3)
     driver.step([(other, len(PROMPT))])
     driver.finish(other)
+    driver.preempt(first, 3)
     driver.step([(first, first.num_tokens)])
     driver.step([(first, 1)])
-    assert first.token_ids[len(PROMPT) :] == expected
+    assert first.token_ids[len(PROMPT) :].tolist() == expected
     driver.finish(first)
 
 
@@ -126,7 +125,7 @@ def test_a_sequence_whose_numbers_are_not_finite_fails_alone(driver: Any) -> Non
     assert results[1].error.reason == "internal_error"
     assert results[1].tokens == []
     results = driver.step([(good, 1)])
-    assert good.token_ids[len(PROMPT) :] == expected
+    assert good.token_ids[len(PROMPT) :].tolist() == expected
     # Its blocks may go to the next sequence.
     bad_blocks = bad.block_table
     driver.finish(good)
@@ -155,9 +154,10 @@ def test_a_step_of_nothing_but_bad_sequences(driver: Any) -> None:
 
 def test_a_samplers_error_keeps_to_its_row(driver: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     error = RequestError("invalid_value", "no")
-    results = [SequenceResult(error=error), SequenceResult(tokens=[5])]
-    monkeypatch.setattr(driver.sampler, "sample", lambda logits, sequences: results)
+    sampled = SampledRows(np.array([7, 5]), errors={0: error})
+    monkeypatch.setattr(driver.sampler, "sample", lambda logits, rows: sampled)
     first, second = driver.sequence(1, PROMPT, 0), driver.sequence(2, PROMPT, 1)
-    assert driver.step([(first, len(PROMPT)), (second, len(PROMPT))]) == results
+    results = driver.step([(first, len(PROMPT)), (second, len(PROMPT))])
+    assert [(result.tokens, result.error) for result in results] == [([], error), ([5], None)]
     driver.finish(first)
     driver.finish(second)
