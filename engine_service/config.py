@@ -65,6 +65,12 @@ class EngineConfig(Config):
         0.9, gt=0, le=1, description="share of the device's memory that may be used"
     )
     enable_prefix_caching: bool = Field(True, description="reuse keys and values of equal prompt beginnings")
+    speculative: Literal["none", "ngram"] = Field(
+        "none", description="ngram drafts what followed the last time the text ended like this; same answers"
+    )
+    speculative_tokens: int = Field(
+        7, ge=1, le=32, description="tokens drafted for a sequence in a step, at most"
+    )
     enforce_eager: bool = Field(
         False, description="launch every kernel of a step by itself, record no CUDA graphs"
     )
@@ -166,6 +172,8 @@ class EngineConfig(Config):
             kv_cache_memory_bytes=parse_size(self.kv_cache_memory),
             gpu_memory_utilization=self.gpu_memory_utilization,
             enable_prefix_caching=self.enable_prefix_caching,
+            speculative="" if self.speculative == "none" else self.speculative,
+            speculative_tokens=self.speculative_tokens,
             enforce_eager=self.enforce_eager,
             lookahead=self.async_scheduling,
             threads=self.threads,

@@ -122,7 +122,7 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return has_work(self._loop)
+        return self._loop.has_work
 
     def add(self, prompt: list[int], max_new_tokens: int) -> int:
         """A greedy request that nothing but its length ends. Returns its id."""
@@ -258,12 +258,6 @@ def _parts_of(runner: Any) -> tuple[Any, list[Tensor]]:
     """The model and its caches, of the runner that computes at once or of the one that runs ahead."""
     work = getattr(runner, "_work", None)
     return (runner._model, runner._kv_cache) if work is None else (work._model, work._kv_caches)
-
-
-def has_work(loop: Any) -> bool:
-    """Whether requests live, or a step is in flight."""
-    found = loop.has_work if hasattr(loop, "has_work") else loop.scheduler.has_work
-    return bool(found)
 
 
 def _step_tensors(ids: Tensor, positions: Tensor, slots: Tensor, attention: AttentionBatch) -> StepTensors:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
-
 import numpy as np
+
+from penstock.engine_service.core.plan import StepPlan, StepResult
 
 _TOKEN = 7
 
@@ -15,12 +14,8 @@ class NullRunner:
 
     lookahead = True
 
-    def start(self, plan: Any) -> _Done:
+    def start(self, plan: StepPlan) -> _Done:
         return _Done(plan)
-
-    def run(self, plan: Any) -> list[Any]:
-        result = importlib.import_module("penstock.engine_service.core.request").SequenceResult
-        return [result([_TOKEN] if item.samples else []) for item in plan.scheduled]
 
     def needs_host_tokens(self, sequence: object) -> bool:
         return False
@@ -30,10 +25,9 @@ class NullRunner:
 
 
 class _Done:
-    def __init__(self, plan: Any) -> None:
+    def __init__(self, plan: StepPlan) -> None:
         self._plan = plan
 
-    def wait(self) -> Any:
-        result = importlib.import_module("penstock.engine_service.core.plan").StepResult
+    def wait(self) -> StepResult:
         step = self._plan
-        return result(np.full((len(step), 1), _TOKEN, np.int32), step.samples.astype(np.int32))
+        return StepResult(np.full((len(step), 1), _TOKEN, np.int32), step.samples.astype(np.int32))

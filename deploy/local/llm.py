@@ -90,6 +90,8 @@ class LLM:
         seed: int = 0,
         quantization: str = "",
         kv_cache_dtype: str = "auto",
+        speculative: str = "",
+        speculative_tokens: int = 7,
     ) -> None:
         """model: a folder or a hub id; None is the bundled demonstration model. tokenizer: another folder to
         take the tokenizer from. chat_template: a path, the template itself or the name of a shipped one. 0
@@ -115,6 +117,8 @@ class LLM:
             seed=seed,
             quantization=quantization,
             kv_cache_dtype=kv_cache_dtype,
+            speculative=speculative,
+            speculative_tokens=speculative_tokens,
         )
         self._inbox = Inbox()
         self._outbox = _Outbox()

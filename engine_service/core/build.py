@@ -226,6 +226,8 @@ def _ready(
         capabilities.append(f"{configure.quantization}_weights")
     if configure.kv_cache_dtype != "auto":
         capabilities.append("fp8_kv_cache")
+    if configure.speculative not in ("", "none"):
+        capabilities.append(f"{configure.speculative}_speculation")
     return Ready(
         architectures=[spec.architecture],
         max_model_len=loaded.max_model_len,

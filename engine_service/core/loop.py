@@ -13,6 +13,7 @@ from penstock.engine_service.core.postprocess import Postprocessor
 from penstock.engine_service.core.report import Counters, StepReport
 from penstock.engine_service.core.request import Sequence
 from penstock.engine_service.core.scheduler import Scheduler
+from penstock.engine_service.core.speculation import make_drafter
 
 log = logging.getLogger("penstock.engine.loop")
 
@@ -64,7 +65,6 @@ class EngineLoop:
         runner: Runner,
         inbox: Inbox,
         outbox: Outbox,
-        drafter: Drafter | None = None,
     ) -> EngineLoop:
         """The loop of a model that has been built as `configure` asked."""
         return cls(
@@ -77,7 +77,7 @@ class EngineLoop:
             max_num_batched_tokens=configure.max_num_batched_tokens,
             max_model_len=ready.max_model_len,
             enable_prefix_caching=configure.enable_prefix_caching,
-            drafter=drafter,
+            drafter=make_drafter(configure, ready.device),
         )
 
     @property

@@ -70,6 +70,8 @@ class Configure:
     master_addr: str = ""  # where ranks of several machines meet
     master_port: int = 0
     enforce_eager: bool = False  # no recorded CUDA graphs
+    speculative: str = ""  # ngram; empty: none
+    speculative_tokens: int = 7  # drafted for a sequence in a step, at most
     lookahead: bool = True  # on CUDA, start a step before the one before it is done
 
 

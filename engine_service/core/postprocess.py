@@ -202,6 +202,8 @@ class Postprocessor:
         sequence = plan.sequences[row]
         sequence.request.drafted_tokens += len(draft)
         sequence.request.accepted_tokens += num_tokens - 1
+        self._counters.drafted_tokens += len(draft)
+        self._counters.accepted_draft_tokens += num_tokens - 1
         if self._scheduler.drafter is not None:
             total = sequence.num_tokens + num_tokens
             self._scheduler.drafter.observe(sequence.key, total, len(draft), num_tokens - 1)

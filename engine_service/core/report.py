@@ -31,6 +31,8 @@ class Counters:
         self.steps = 0
         self.prompt_tokens = 0
         self.generation_tokens = 0
+        self.drafted_tokens = 0
+        self.accepted_draft_tokens = 0
 
     def fill(self, load: Load) -> Load:
         """The load with the counts that are kept here."""
@@ -40,6 +42,8 @@ class Counters:
         load.failed = self.failed
         load.prompt_tokens = self.prompt_tokens
         load.generation_tokens = self.generation_tokens
+        load.drafted_tokens = self.drafted_tokens
+        load.accepted_draft_tokens = self.accepted_draft_tokens
         return load
 
 
