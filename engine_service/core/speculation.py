@@ -6,8 +6,8 @@ from penstock.engine_service.core.messages import Configure
 from penstock.engine_service.core.ngram import NgramDrafter
 from penstock.engine_service.core.plan import Drafter
 
-# Rows up to which a step costs about what it costs with one, drafted rows included: on a CPU 8 rows take the time
-# of 1 and 32 take 1.25 times it (docs/log.md); on a GPU weights are the cost far longer.
+# Rows, drafted ones included, up to which a step costs about what it costs with one: reading the weights is the
+# cost, on a GPU for longer than on a CPU.
 _FREE_ROWS = {"cpu": 32}
 _FREE_ROWS_DEVICE = 128
 
