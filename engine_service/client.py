@@ -269,15 +269,9 @@ class EngineClient:
             if live := live_of(failure.id):
                 live.usage = failure.usage
                 touched[live.sink] = None
-                try:
-                    self._end_with(live, _error_of(failure))
-                except Exception:
-                    self._end_broken(live)
+                self._end_with(live, _error_of(failure))
         for sink in touched:
-            try:
-                sink.end_step(step.load.steps)
-            except Exception:
-                log.exception("a stream could not take its step")
+            _end_step(sink, step.load.steps)
 
     def _start(self, live: Live, started: Started) -> None:
         live.started = True
@@ -288,10 +282,7 @@ class EngineClient:
     def _end_broken(self, live: Live) -> None:
         log.exception("request %d could not be answered", live.id)
         self.keeper.send(AbortRequests([live.id]))
-        try:
-            self._end_with(live, ApiError("internal_error", "An internal error occurred."))
-        except Exception:
-            log.exception("request %d could not be told", live.id)
+        self._end_with(live, ApiError("internal_error", "An internal error occurred."))
 
     def _update_load(self, load: Load) -> None:
         self.totals.update(load)
@@ -334,8 +325,6 @@ class EngineClient:
         ]
         self._fail(late, ApiError("queue_timeout", "The request waited in the queue for too long."))
 
-    # ------------------------------------------------------------------ inside
-
     def _send(self, live: Live) -> None:
         live.sent = True
         self._num_sent += 1
@@ -360,22 +349,28 @@ class EngineClient:
         for live in chosen:
             if not live.sent:
                 usage = Usage(prompt_tokens=len(live.params.prompt))
-                for choice in range(live.params.n):
-                    self._finish(live, Finish(live.id, choice, ABORTED, usage, Timings()))
-                live.sink.end_step(0)
+                try:
+                    for choice in range(live.params.n):
+                        self._finish(live, Finish(live.id, choice, ABORTED, usage, Timings()))
+                except Exception:
+                    self._end_broken(live)
+                _end_step(live.sink)
         return len(chosen)
 
     def _fail(self, doomed: list[Live], error: ApiError) -> None:
-        sinks = dict.fromkeys(live.sink for live in doomed)
         for live in doomed:
             self._end_with(live, error)
-        for sink in sinks:
-            sink.end_step(0)
+        for sink in dict.fromkeys(live.sink for live in doomed):
+            _end_step(sink)
 
     def _end_with(self, live: Live, error: ApiError) -> None:
-        if self._forget(live):
-            self.totals.failed += 1
+        if not self._forget(live):
+            return
+        self.totals.failed += 1
+        try:
             live.sink.on_error(live, error)
+        except Exception:
+            log.exception("request %d could not be told", live.id)
 
     def _forget(self, live: Live) -> bool:
         """Whether it was live."""
@@ -388,6 +383,13 @@ class EngineClient:
         if not self._live:
             self._idle.set()
         return True
+
+
+def _end_step(sink: Sink, step: int = 0) -> None:
+    try:
+        sink.end_step(step)
+    except Exception:
+        log.exception("a stream could not take its step")
 
 
 def _lost() -> ApiError:

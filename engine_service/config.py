@@ -102,7 +102,12 @@ class EngineConfig(Config):
         description="port on machine 0 where the others meet it",
         json_schema_extra={"env": ["MASTER_PORT"]},
     )
-    seed: int | None = Field(None, description="seed of requests that bring none; unset: new at each start")
+    seed: int | None = Field(
+        None,
+        ge=-(2**63),
+        lt=2**63,
+        description="seed of requests that bring none; unset: new at each start",
+    )
 
     max_queued_requests: int = Field(256, ge=0, description="requests that may wait; more are refused")
     max_queued_tokens: int = Field(1_000_000, ge=0, description="prompt tokens that may wait")

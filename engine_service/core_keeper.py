@@ -93,8 +93,11 @@ class CoreKeeper:
     def close(self) -> None:
         """Asks the core to end; `run` then returns. One that still loads would not listen: it is killed."""
         self.closing = True
-        if self._core is not None and self.state is not State.READY:
-            self._core.kill()
+        core = self._core
+        if core is not None and self.state is not State.READY:
+            core.kill()
+        elif core is not None:
+            asyncio.get_running_loop().call_later(_SHUTDOWN_PATIENCE_S, core.kill)
         self.send(Shutdown())
 
     async def run(self) -> None:
@@ -138,7 +141,10 @@ class CoreKeeper:
         silent_s = 0.0
         while True:
             await asyncio.sleep(interval)
-            self._on_tick()
+            try:
+                self._on_tick()
+            except Exception:
+                log.exception("a look at the deadlines failed")
             if self.state is not State.READY:
                 continue
             if self._heard:

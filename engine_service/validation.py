@@ -24,6 +24,8 @@ MAX_BAD_WORDS = 256
 MAX_BAD_WORD_TOKENS = 128
 MAX_STOP_TOKEN_IDS = 1024
 MAX_LOGPROB_TOKEN_IDS = 128
+# Log-probabilities of a prompt, its tokens' own included: they come in one message.
+MAX_PROMPT_LOGPROB_NUMBERS = 1 << 20
 MAX_TRACE_ENTRIES = 8
 MAX_TRACE_BYTES = 512
 # 30 days: beyond that a deadline says nothing, and clocks must not overflow.
@@ -52,6 +54,7 @@ class Validator:
             if request.best_of < n:
                 raise _invalid("best_of must be at least n.", "best_of")
             raise _unserved("best_of")
+        _check_prompt_rows(len(prompt), _count(request.output, "prompt_logprobs"))
         stop = request.stop
         max_new, min_new = self._lengths(stop, len(prompt))
         return AddRequest(
@@ -221,6 +224,14 @@ def _count(output: pb.OutputOptions, name: str) -> int | None:
     if not output.HasField(name):  # type: ignore[arg-type]
         return None
     return _within(getattr(output, name), 0, MAX_LOGPROBS, f"output.{name}")
+
+
+def _check_prompt_rows(num_tokens: int, alternatives: int | None) -> None:
+    if alternatives is not None and num_tokens * (alternatives + 1) > MAX_PROMPT_LOGPROB_NUMBERS:
+        raise _invalid(
+            f"The prompt's tokens times (prompt_logprobs + 1) must be at most {MAX_PROMPT_LOGPROB_NUMBERS}.",
+            "output.prompt_logprobs",
+        )
 
 
 def _within(value: int, low: int, high: int, name: str) -> int:

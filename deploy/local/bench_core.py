@@ -90,17 +90,7 @@ class Engine:
         self.block_size = int(built.ready.kv_block_size)
         self.outbox = Outbox()
         self._inbox = Inbox()
-        self._loop: Any = EngineLoop(
-            built.runner,
-            self._inbox,
-            self.outbox,
-            num_blocks=self.num_blocks,
-            block_size=self.block_size,
-            max_num_seqs=asked.max_num_seqs,
-            max_num_batched_tokens=asked.max_num_batched_tokens,
-            max_model_len=built.ready.max_model_len,
-            enable_prefix_caching=asked.enable_prefix_caching,
-        )
+        self._loop = EngineLoop.of_model(asked, built.ready, built.runner, self._inbox, self.outbox)
         self.model: Any
         self.kv_caches: list[Tensor]
         self.model, self.kv_caches = _parts_of(built.runner)

@@ -22,6 +22,7 @@ from penstock.engine_service.core.messages import (
     AddRequest,
     Configure,
     FromCore,
+    Load,
     Logprobs,
     Ready,
     StepOutput,
@@ -128,6 +129,10 @@ class LLM:
     def get_tokenizer(self) -> Any:
         """The `tokenizers.Tokenizer` in use."""
         return self._text.tokenizer
+
+    def load(self) -> Load:
+        """The engine's gauges and counters since it was made: steps, preemptions, drafts."""
+        return self._loop.load()
 
     def get_default_sampling_params(self) -> SamplingParams:
         """What the model's own generation configuration asks for; used when generate gets none."""

@@ -37,7 +37,7 @@ IntArray = NDArray[np.int32]
 _START_TIMEOUT = timedelta(minutes=30)
 # A step's first use of a kernel compiles it, and not on all ranks at once.
 _COLLECTIVE_TIMEOUT = timedelta(seconds=120)
-_CONTROL_TIMEOUT = timedelta(seconds=60)
+_CONTROL_TIMEOUT = timedelta(seconds=150)  # longer: who is in a collective does not listen
 _END_TIMEOUT = timedelta(seconds=5)
 _HEARTBEAT_S = 15.0
 JOINED = "joined"

@@ -6,8 +6,8 @@ from penstock.engine_service.core.messages import Configure
 from penstock.engine_service.core.ngram import NgramDrafter
 from penstock.engine_service.core.plan import Drafter
 
-# Rows, drafted ones included, up to which a step costs about what it costs with one: reading the weights is the
-# cost, on a GPU for longer than on a CPU.
+# Rows, drafted ones included, up to which a step costs about what it costs with one: reading the weights is
+# the cost, on a GPU for longer than on a CPU.
 _FREE_ROWS = {"cpu": 32}
 _FREE_ROWS_DEVICE = 128
 

@@ -9,7 +9,7 @@ from penstock.engine_service.backends.base import Linear
 from penstock.engine_service.core.batch import StepTensors
 from penstock.engine_service.models.loader import Loader
 from penstock.kernels.kv_write import rotate_and_write
-from penstock.kernels.norm import layer_norm
+from penstock.kernels.norm import add_layer_norm, layer_norm
 from penstock.kernels.paged_attention import paged_attention
 
 
@@ -21,6 +21,12 @@ class LayerNorm:
 
     def __call__(self, x: Tensor) -> Tensor:
         return layer_norm(x, self._weight, self._bias, self._eps)
+
+    def after(self, x: Tensor | None, residual: Tensor) -> Tensor:
+        """The norm of residual + x, which replaces the residual; of the residual alone without x."""
+        if x is None:
+            return self(residual)
+        return add_layer_norm(x, residual, self._weight, self._bias, self._eps)
 
 
 class HeadNorm:

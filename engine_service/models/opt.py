@@ -52,9 +52,10 @@ class Opt:
         if self._project_in is not None:
             x = self._project_in(x)
         x = x + self._positions[step.positions + _POSITION_OFFSET]
+        added = None
         for layer, kv_cache in zip(self._layers, kv_caches, strict=True):
-            x = layer(x, step, kv_cache)
-        return x
+            added, x = layer(added, x, step, kv_cache)
+        return x if added is None else x.add_(added)
 
     def logits(self, hidden: Tensor) -> Tensor:
         if self._norm is not None:
@@ -85,12 +86,17 @@ class _Layer:
         self._activation = _ACTIVATIONS[spec.activation]
         self._norm_before = spec.norm_before
 
-    def __call__(self, x: Tensor, step: StepTensors, kv_cache: Tensor) -> Tensor:
+    def __call__(
+        self, added: Tensor | None, residual: Tensor, step: StepTensors, kv_cache: Tensor
+    ) -> tuple[Tensor | None, Tensor]:
+        """What is still to be added to the residual, and the residual, which is overwritten: a sum is made by
+        the norm behind it."""
         if self._norm_before:
-            x = x + self._attention(self._attention_norm(x), step, kv_cache)
-            return x + self._feed_forward(self._mlp_norm(x))
-        x = self._attention_norm(x + self._attention(x, step, kv_cache))
-        return self._mlp_norm(x + self._feed_forward(x))
+            x = self._attention_norm.after(added, residual)
+            x = self._mlp_norm.after(self._attention(x, step, kv_cache), residual)
+            return self._feed_forward(x), residual
+        x = self._attention_norm.after(self._attention(residual, step, kv_cache), residual)
+        return None, self._mlp_norm.after(self._feed_forward(x), x)
 
     def _feed_forward(self, x: Tensor) -> Tensor:
         return self._down(self._activation(self._up(x)))

@@ -8,6 +8,7 @@ import pytest
 
 from penstock.engine_service.client import EngineClient, Live
 from penstock.engine_service.core.messages import AddRequest, Configure, Load, StepOutput
+from penstock.engine_service.core_keeper import State
 from penstock.protos.errors import ApiError
 
 
@@ -29,6 +30,8 @@ class RecordingSink:
 
     def on_error(self, live: Live, error: ApiError) -> None:
         self.errors.append(error)
+        if self.broken:
+            raise RuntimeError("a third bug")
 
     def end_step(self, step: int) -> None:
         if self.broken:
@@ -47,3 +50,14 @@ async def test_a_sink_that_raises_ends_its_request_and_no_other(broken_first: bo
     assert [error.reason for error in broken.errors] == ["internal_error"]
     assert (len(fine.tokens), fine.errors, fine.steps) == (1, [], 1)
     assert client.num_live == 1
+
+
+async def test_a_sink_that_raises_does_not_keep_a_lost_core_from_the_others() -> None:
+    client = EngineClient(Configure(model_path="m"))
+    sinks = [RecordingSink(broken=True), RecordingSink()]
+    for number, sink in enumerate(sinks, start=1):
+        client.submit(Live(AddRequest(number, [5]), "same id", sink, started=True))
+    client._state_changed(State.DOWN)
+    assert [error.reason for sink in sinks for error in sink.errors] == ["engine_lost"] * 2
+    assert client.num_live == 0
+    assert sinks[1].steps == 1

@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from in_process import Harness
 
+from penstock.engine_service import validation
 from penstock.engine_service.core.messages import AddRequest, Sampling
 from penstock.engine_service.validation import Validator
 from penstock.protos import common_pb2
@@ -271,3 +272,13 @@ def test_random_bytes_are_refused_by_the_table_or_served(data: bytes) -> None:
         return
     params = served(made)
     assert params is None or all(token < VOCAB for token in params.prompt)
+
+
+def test_prompt_logprobs_are_bounded_by_their_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = base(prompt_ids=common_pb2.TokenIds(ids=[1] * 50), output=pb.OutputOptions(prompt_logprobs=20))
+    monkeypatch.setattr(validation, "MAX_PROMPT_LOGPROB_NUMBERS", 50 * 21)
+    convert(made)
+    monkeypatch.setattr(validation, "MAX_PROMPT_LOGPROB_NUMBERS", 50 * 21 - 1)
+    with pytest.raises(ApiError) as refused:
+        convert(made)
+    assert (refused.value.reason, refused.value.param) == ("invalid_value", "output.prompt_logprobs")

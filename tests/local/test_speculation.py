@@ -37,13 +37,13 @@ def test_answers_are_the_same(demo: Path, params: SamplingParams) -> None:
     plain, without = answers(demo, params)
     drafted, speculating = answers(demo, params, speculative="ngram", speculative_tokens=5)
     assert drafted == plain
-    load = speculating._loop.load()
+    load = speculating.load()
     penalised = params.frequency_penalty != 0.0
     assert (load.drafted_tokens > 0) is not penalised
-    assert without._loop.load().drafted_tokens == 0
+    assert without.load().drafted_tokens == 0
     if params.temperature == 0.0 and not penalised:
         assert load.accepted_draft_tokens > 0
-        assert load.steps < without._loop.load().steps
+        assert load.steps < without.load().steps
 
 
 def test_an_unknown_kind_is_refused(demo: Path) -> None:
