@@ -46,11 +46,16 @@ class Accelerator(Protocol):
         """Runs `work` once to warm it up, then records its launches; calling the result launches them again.
 
         `work` may do nothing but queue launches on tensors whose addresses never change. Waits for the
-        device. Raises RuntimeError when it cannot be recorded, torch.OutOfMemoryError without memory for it.
+        device. Raises RuntimeError when it cannot be recorded, torch.OutOfMemoryError without memory for it;
+        what is queued then still runs in order, but nothing more should be recorded.
         """
 
     def free_memory(self) -> int:
-        """Bytes of the device that a new allocation could take now."""
+        """Bytes of the device that work which is not recorded could take now, those it has had and given
+        back included."""
+
+    def peak_memory(self, work: Work) -> int:
+        """Bytes that `work` takes at the most beside what is taken before it. Waits for the device."""
 
 
 class CpuAccelerator:
@@ -80,6 +85,10 @@ class CpuAccelerator:
     def free_memory(self) -> int:
         return 1 << 40
 
+    def peak_memory(self, work: Work) -> int:
+        work()
+        return 0
+
 
 class _Over:
     def wait(self) -> None:
@@ -94,6 +103,8 @@ class CudaAccelerator:
         self._copies = torch.cuda.Stream(device)
         self._recordings = torch.cuda.Stream(device)
         self._pool = torch.cuda.graph_pool_handle()
+        self._pool_bytes = 0
+        self._unfinished: torch.cuda.CUDAGraph | None = None
 
     def host_buffer(self, size: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(size, dtype=dtype, pin_memory=True)
@@ -120,26 +131,67 @@ class CudaAccelerator:
         # A collection in the middle could free memory of the device, which no recording survives.
         gc.disable()
         try:
-            current = torch.cuda.current_stream(self.device)
-            self._recordings.wait_stream(current)
-            with torch.cuda.stream(self._recordings):
-                work()
-            current.wait_stream(self._recordings)
-            graph = torch.cuda.CUDAGraph()
-            # thread_local: other threads of the process may call CUDA meanwhile.
-            with torch.cuda.graph(
-                graph, pool=self._pool, stream=self._recordings, capture_error_mode="thread_local"
-            ):
-                work()
+            self._warm_up(work)
+            return self._capture(work)
         finally:
             if collecting:
                 gc.enable()
-        replay: Work = graph.replay
-        return replay
 
     def free_memory(self) -> int:
         free, _ = torch.cuda.mem_get_info(self.device)
-        return free
+        unused = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+        # What the recordings' pool holds is theirs alone.
+        return free + max(0, unused - self._pool_bytes)
+
+    def peak_memory(self, work: Work) -> int:
+        _give_back()
+        torch.cuda.reset_peak_memory_stats(self.device)
+        before = torch.cuda.memory_reserved(self.device)
+        work()
+        torch.cuda.synchronize(self.device)
+        taken = torch.cuda.max_memory_reserved(self.device) - before
+        _give_back()
+        return taken
+
+    def _warm_up(self, work: Work) -> None:
+        current = torch.cuda.current_stream(self.device)
+        self._recordings.wait_stream(current)
+        try:
+            with torch.cuda.stream(self._recordings):
+                work()
+        finally:
+            # What `work` queued before it failed reads the buffers that later work writes.
+            current.wait_stream(self._recordings)
+
+    def _capture(self, work: Work) -> Work:
+        torch.cuda.synchronize(self.device)
+        # Only the pool grows from here on.
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_reserved(self.device)
+        graph = torch.cuda.CUDAGraph()
+        try:
+            # The outer context restores the stream where the inner one fails to end the capture.
+            # thread_local: other threads of the process may call CUDA meanwhile.
+            with (
+                torch.cuda.stream(self._recordings),
+                torch.cuda.graph(
+                    graph, pool=self._pool, stream=self._recordings, capture_error_mode="thread_local"
+                ),
+            ):
+                work()
+        except BaseException:
+            # A capture that was not ended stays known to the allocator, which goes on asking its graph.
+            self._unfinished = graph
+            raise
+        finally:
+            self._pool_bytes += max(0, torch.cuda.memory_reserved(self.device) - before)
+        replay: Work = graph.replay
+        return replay
+
+
+def _give_back() -> None:
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 class _CudaEvent:

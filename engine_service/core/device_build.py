@@ -40,18 +40,23 @@ class DeviceParts:
         one_block = replace(self, limits=replace(self.limits, num_blocks=0), record=False)
 
         def run() -> None:
-            runner, limits = one_block._runner(one_block._caches()), one_block.limits
-            rehearse(runner, limits)
+            runner = one_block._runner(one_block._caches())
+            rehearse(runner, one_block.limits)
+            runner.run_heaviest()
 
-        return measure(run, self.accelerator.device)
+        memory = measure(run, self.accelerator)
+        if not self.record:
+            return memory
+        runner = one_block._runner(one_block._caches())
+        return replace(memory, pool=self.accelerator.peak_memory(runner.run_heaviest))
 
     def build(self, num_blocks: int) -> DeviceRunner:
-        """The runner over a KV cache of so many blocks, all kernels compiled, the common shapes recorded."""
+        """The runner over a KV cache of so many blocks, all kernels compiled, the common decodes recorded."""
         parts = replace(self, limits=replace(self.limits, num_blocks=num_blocks))
         runner = parts._runner(parts._caches())
-        rehearse(runner, parts.limits)
+        temporaries = self.accelerator.peak_memory(lambda: rehearse(runner, parts.limits))
         runner.warm_up()
-        runner.record_common()
+        runner.record_decodes(spare_bytes=temporaries)
         return runner
 
     def _caches(self) -> list[Tensor]:

@@ -31,6 +31,7 @@ class Packed:
     sample_counts: Int32s  # [S], rows to sample from, 0 where the step does not reach the last token
     sample_starts: Int32s  # [S], the first of them
     num_samples: int
+    max_query_len: int  # most tokens of a sequence
     decode: bool  # every sequence has one token and samples it
 
 
@@ -62,7 +63,8 @@ class InputPacker:
         if (num_blocks * table.block_size < plan.starts + counts).any():
             raise ValueError("a sequence has tokens beyond its blocks")
         num_new = num_blocks - known
-        decode = bool(counts.max() == 1 and plan.samples.all())
+        max_query_len = int(counts.max())
+        decode = bool(max_query_len == 1 and plan.samples.all())
         if decode:
             query_starts = sample_starts = self._places[:num_seqs]
             sample_counts = counts
@@ -102,6 +104,7 @@ class InputPacker:
             sample_counts=sample_counts,
             sample_starts=sample_starts,
             num_samples=num_seqs if decode else int(sample_counts.sum()),
+            max_query_len=max_query_len,
             decode=decode,
         )
 

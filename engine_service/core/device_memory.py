@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
+from penstock.engine_service.core.accelerator import Accelerator, Work
+
 # What the device's libraries may still take: their own handles and tables, and fragmentation.
 _RESERVE_BYTES = 256 << 20
-# Recorded steps: their shared pool repeats a step's temporaries, each graph has some memory of its own.
+# What recorded steps take beside their shared pool: each graph has a few MiB of its own.
 _GRAPH_BYTES = 512 << 20
-_MAX_POOL_BYTES = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
 class StepMemory:
-    """total: of the device. used: by weights, other processes and libraries. step: more at a step's peak."""
+    """total: of the device. used: by weights, other processes and libraries. step: more at the peak of the
+    largest step, buffers included. pool: temporaries of the largest steps that may be recorded, which graphs
+    keep from all others."""
 
     total: int
     used: int
     step: int
+    pool: int = 0
 
     def headroom(self, record: bool) -> int:
         """Bytes to keep free of keys and values while steps run; `record`: as graphs too."""
-        graphs = _GRAPH_BYTES + min(self.step, _MAX_POOL_BYTES) if record else 0
+        graphs = _GRAPH_BYTES + self.pool if record else 0
         return self.step + graphs + _RESERVE_BYTES
 
     def kv_budget(self, utilization: float, record: bool) -> int:
@@ -37,20 +39,9 @@ class StepMemory:
         return max(0, self.total - self.used - self.headroom(record))
 
 
-def measure(run_largest_steps: Callable[[], None], device: torch.device) -> StepMemory:
-    """Runs the steps once to make what stays, and again to see what they take beside it."""
+def measure(run_largest_steps: Work, accelerator: Accelerator) -> StepMemory:
+    """Runs the steps once to make what stays, and again to see what they take beside it. For CUDA."""
     run_largest_steps()
-    _give_back()
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_reserved(device)
-    run_largest_steps()
-    torch.cuda.synchronize(device)
-    step = torch.cuda.max_memory_reserved(device) - before
-    _give_back()
-    free, total = torch.cuda.mem_get_info(device)
+    step = accelerator.peak_memory(run_largest_steps)
+    free, total = torch.cuda.mem_get_info(accelerator.device)
     return StepMemory(total, total - free, step)
-
-
-def _give_back() -> None:
-    gc.collect()
-    torch.cuda.empty_cache()

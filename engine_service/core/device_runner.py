@@ -15,7 +15,7 @@ from penstock.engine_service.core.device_inputs import InputPacker, Packed, Stag
 from penstock.engine_service.core.device_prompt_logprobs import PromptScores
 from penstock.engine_service.core.device_results import DeviceRows, DeviceStep, RowSampler, Sampling
 from penstock.engine_service.core.device_step import StepLimits, StepWork
-from penstock.engine_service.core.graphs import Buckets, GraphPool
+from penstock.engine_service.core.graphs import Bucket, Buckets, GraphPool
 from penstock.engine_service.core.plan import Step, StepPlan
 from penstock.engine_service.core.request import Sequence
 from penstock.engine_service.core.slots import Int32s
@@ -67,7 +67,8 @@ class DeviceRunner:
         except Exception:
             self._packer.forget_all()
             raise
-        # Behind the step, whose results are on their way: what it overwrites has been read by then.
+        # Behind the step, whose results are on their way: what it overwrites has been read by then. Keeps
+        # the loop from the next step, which is why it is done rarely.
         self._graphs.record_due()
         return step
 
@@ -80,17 +81,27 @@ class DeviceRunner:
     @torch.inference_mode()
     def warm_up(self) -> None:
         """Launches padding alone in many shapes, so that no later step waits for a kernel to be compiled."""
-        for bucket in self._buckets.varied():
-            self._work.blank()
-            self._work.run(bucket)
+        self._run_blank(self._buckets.varied())
         for num_rows in sorted({1, self._limits.max_num_seqs}):
             self._sampler.warm_up(self._work.logits(num_rows, decode=True))
 
     @torch.inference_mode()
-    def record_common(self) -> None:
-        """Records the shapes that nearly every engine meets; no step may be in flight."""
-        for bucket in self._buckets.common():
-            self._graphs.record(bucket)
+    def run_heaviest(self) -> None:
+        """Launches padding alone in the shapes that take the most memory of those that may be recorded."""
+        self._run_blank(self._buckets.heaviest())
+
+    @torch.inference_mode()
+    def record_decodes(self, spare_bytes: int = 0) -> None:
+        """Records decodes, common shapes first, until it has taken long; no step may be in flight.
+
+        spare_bytes: memory that recordings, now and later, leave to steps that are not recorded.
+        """
+        self._graphs.record_first(self._buckets.decodes(), spare_bytes)
+
+    def _run_blank(self, buckets: list[Bucket]) -> None:
+        for bucket in buckets:
+            self._work.blank()
+            self._work.run(bucket)
 
     def _start(self, plan: StepPlan) -> Step:
         packed = self._packer.pack(plan, self._staging.next())
@@ -98,7 +109,7 @@ class DeviceRunner:
         if packed.decode:
             self._graphs.run(self._buckets.decode(packed.num_seqs))
         else:
-            self._graphs.run(self._buckets.mixed(packed.num_tokens))
+            self._graphs.run(self._buckets.mixed(packed.num_tokens, packed.num_seqs, packed.max_query_len))
         scores = self._score_prompts(plan, packed)
         sampling = self._sample(plan, packed) if packed.num_samples else None
         outputs = [pair for score in scores.values() for pair in score.outputs()]

@@ -30,7 +30,7 @@ class DeviceSlots:
         self._numbers[:, layout.GREEDY] = 1
         self._numbers.view(np.float32)[:, [layout.TEMPERATURE, layout.TOP_P]] = 1.0
         self._changed: set[int] = set()
-        self._update: tuple[int, int] | None = None
+        self._update: tuple[NDArray[np.int64], int, int] | None = None
         self.owners: list[Sequence | None] = [None] * num_slots
         self.table: Tensor = torch.from_numpy(self._numbers.copy()).to(device)
         self.states: list[SamplingState | None] = [None] * num_slots
@@ -82,14 +82,15 @@ class DeviceSlots:
         """Adds the rows of slots with a new owner to the upload; `update` writes them after it is sent."""
         self._update = None
         if self._changed:
-            slots = np.array(sorted(self._changed))
-            self._update = upload.add(slots), upload.add(self._numbers[slots])
-            self._changed.clear()
+            changed = np.array(sorted(self._changed), np.int64)
+            self._update = changed, upload.add(changed), upload.add(self._numbers[changed])
 
     def update(self, upload: Upload) -> None:
         if self._update is not None:
-            slots, rows = (upload.tensor(part) for part in self._update)
-            self.table.index_copy_(0, slots.to(torch.int64), rows)
+            changed, slots, rows = self._update
+            self.table.index_copy_(0, upload.tensor(slots).to(torch.int64), upload.tensor(rows))
+            # Not before: a launch that fails on the way leaves them to the next one.
+            self._changed.difference_update(changed.tolist())
             self._update = None
 
 

@@ -42,7 +42,11 @@ class StepLimits:
 
 
 class StepWork:
-    """Runs buckets of the step whose inputs are in `packed`; what comes out stays until the next one."""
+    """Runs buckets of the step whose inputs are in `packed`; what comes out stays until the next one.
+
+    Within a bucket, what attention computes for a sequence depends on its own tokens and length alone. The
+    bucket's size may decide how the matrix products of all its rows are rounded.
+    """
 
     def __init__(
         self, model: Model, kv_caches: list[Tensor], packed: Tensor, limits: StepLimits, dtype: torch.dtype
@@ -78,8 +82,8 @@ class StepWork:
             block_tables=buffers.step_tables[:num_seqs],
             query_starts=buffers.query_starts[: num_seqs + 1],
             context_lens=buffers.context_lens[:num_seqs],
-            max_query_len=1 if bucket.decode else num_tokens,
-            # The same for every step: what a row computes must not depend on its neighbours' lengths.
+            max_query_len=bucket.max_query_len,
+            # A bound for grids that holds whenever the launches are replayed.
             max_context_len=limits.max_model_len,
         )
         step = StepTensors(

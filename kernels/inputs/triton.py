@@ -13,7 +13,8 @@ from penstock.kernels.inputs import layout
 from penstock.kernels.inputs.buffers import InputBuffers
 from penstock.kernels.specialization import Specialization
 
-_CHUNK = 128  # tokens, or table columns, a program handles at a time
+_CHUNK = 128  # tokens a program handles at a time
+_COLUMNS = 1024  # of a table, which each step copies whole
 _NUM_WARPS = 4
 _SEQUENCES_AT_ONCE = 128
 
@@ -43,6 +44,7 @@ def build_inputs(
         HEADER=layout.HEADER_WORDS,
         FIELDS=layout.SEQUENCE_FIELDS,
         CHUNK=_CHUNK,
+        COLUMNS=_COLUMNS,
         num_warps=_NUM_WARPS,
     )
 
@@ -95,6 +97,7 @@ def _build_inputs(
     HEADER: tl.constexpr,
     FIELDS: tl.constexpr,
     CHUNK: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
     row = tl.program_id(0)
     used_seqs = tl.load(packed)
@@ -123,8 +126,8 @@ def _build_inputs(
 
         num_blocks = tl.maximum(first_new + num_new, (start + count + BLOCK_SIZE - 1) // BLOCK_SIZE)
         step_table = step_tables + row.to(tl.int64) * step_stride
-        for done in range(0, num_blocks, CHUNK):
-            columns = done + steps
+        for done in range(0, num_blocks, COLUMNS):
+            columns = done + tl.arange(0, COLUMNS)
             known = columns < first_new
             arrived = (columns >= first_new) & (columns < first_new + num_new)
             old = tl.load(table + columns, mask=known & (columns < num_blocks), other=0)
@@ -175,6 +178,7 @@ def specializations() -> list[Specialization]:
         "HEADER": layout.HEADER_WORDS,
         "FIELDS": layout.SEQUENCE_FIELDS,
         "CHUNK": _CHUNK,
+        "COLUMNS": _COLUMNS,
     }
     return [
         Specialization(

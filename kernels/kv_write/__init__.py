@@ -6,7 +6,7 @@ from torch import Tensor
 
 from penstock.kernels.dispatch import implementation
 
-__all__ = ["kv_write", "rotate_and_write"]
+__all__ = ["rotate_and_write"]
 
 
 def rotate_and_write(
@@ -32,8 +32,3 @@ def rotate_and_write(
     """
     module = implementation("kv_write", kv_cache.device.type)
     module.rotate_and_write(heads, kv_cache, slots, rotation, norm_weight, eps)
-
-
-def kv_write(key_value: Tensor, kv_cache: Tensor, slots: Tensor) -> None:
-    """Keys and values alone: key_value [tokens, 2, kv_heads, head_dim], keys first, strided."""
-    rotate_and_write(key_value.flatten(1, 2), kv_cache, slots)

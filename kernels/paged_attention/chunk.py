@@ -7,7 +7,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from penstock.kernels.paged_attention.tiles import LOG2_E, fold, load_query
+from penstock.kernels.paged_attention.tiles import LOG2_E, fold, load_blocks, load_query
 
 _LANES = tl.constexpr(256)  # sequences looked at together
 
@@ -24,7 +24,7 @@ def _sequence_of(tile, starts, num_sequences, TILE_TOKENS: tl.constexpr):
     return tl.sum(before, axis=0) - 1
 
 
-@triton.jit(do_not_specialize=["num_sequences", "window"])
+@triton.jit(do_not_specialize=["num_sequences", "window", "table_stride"])
 def chunk_attention(
     query,
     cache,
@@ -105,26 +105,30 @@ def chunk_attention(
     total = tl.zeros([BLOCK_M], dtype=tl.float32)
     # Counted from 0: with a bound as the first `start`, Triton (3.6, 3.7) loses the alignment of the cache's
     # pointers and loads element by element.
+    n = tl.arange(0, BLOCK_N)
     if HAS_WINDOW:
+        block = load_blocks(table, begin + n, stop, BLOCK_SIZE)
         for i in range(tl.cdiv(tl.minimum(all_from, stop) - begin, BLOCK_N)):
             start = begin + i * BLOCK_N
-            acc, peak, total = fold(
-                acc, peak, total, rows, positions, slope, keys, table, start, stop, score_scale, soft_cap,
-                window, block_stride, slot_stride, KV_HEADS * HEAD_DIM, HEAD_DIM, BLOCK_D, BLOCK_N,
+            acc, peak, total, block = fold(
+                acc, peak, total, block, rows, positions, slope, keys, table, start, stop, score_scale,
+                soft_cap, window, block_stride, slot_stride, KV_HEADS * HEAD_DIM, HEAD_DIM, BLOCK_D, BLOCK_N,
                 BLOCK_SIZE, True, HAS_WINDOW, HAS_CAP, HAS_SLOPES, FP8,
             )  # fmt: skip
+    block = load_blocks(table, all_from + n, stop, BLOCK_SIZE)
     for i in range((all_to - all_from) // BLOCK_N):
         start = all_from + i * BLOCK_N
-        acc, peak, total = fold(
-            acc, peak, total, rows, positions, slope, keys, table, start, stop, score_scale, soft_cap, window,
-            block_stride, slot_stride, KV_HEADS * HEAD_DIM, HEAD_DIM, BLOCK_D, BLOCK_N, BLOCK_SIZE,
+        acc, peak, total, block = fold(
+            acc, peak, total, block, rows, positions, slope, keys, table, start, stop, score_scale, soft_cap,
+            window, block_stride, slot_stride, KV_HEADS * HEAD_DIM, HEAD_DIM, BLOCK_D, BLOCK_N, BLOCK_SIZE,
             False, HAS_WINDOW, HAS_CAP, HAS_SLOPES, FP8,
         )  # fmt: skip
+    block = load_blocks(table, all_to + n, stop, BLOCK_SIZE)
     for i in range(tl.cdiv(stop - all_to, BLOCK_N)):
         start = all_to + i * BLOCK_N
-        acc, peak, total = fold(
-            acc, peak, total, rows, positions, slope, keys, table, start, stop, score_scale, soft_cap, window,
-            block_stride, slot_stride, KV_HEADS * HEAD_DIM, HEAD_DIM, BLOCK_D, BLOCK_N, BLOCK_SIZE,
+        acc, peak, total, block = fold(
+            acc, peak, total, block, rows, positions, slope, keys, table, start, stop, score_scale, soft_cap,
+            window, block_stride, slot_stride, KV_HEADS * HEAD_DIM, HEAD_DIM, BLOCK_D, BLOCK_N, BLOCK_SIZE,
             True, HAS_WINDOW, HAS_CAP, HAS_SLOPES, FP8,
         )  # fmt: skip
     result = acc * (out_scale / tl.where(row_mask, total, 1.0))[:, None]

@@ -10,22 +10,20 @@ from penstock.kernels.paged_attention.split import merge_parts, split_attention
 from penstock.kernels.specialization import Specialization
 
 _POINTERS = ("query", "cache", "tables", "starts", "contexts", "slopes", "out")
-_STRIDES = ("query_token_stride", "query_head_stride", "block_stride", "slot_stride", "table_stride")
+_STRIDES = ("query_token_stride", "query_head_stride", "block_stride", "slot_stride")
 _SCALES = ("score_scale", "soft_cap", "out_scale")
-_LENGTHS = ("num_sequences", "window", "wanted_splits", "max_splits", "shortest")
+_LENGTHS = ("window", "room", "most_splits", "shortest")
 _BLOCK_SIZE = 16
 
 
 def specializations() -> list[Specialization]:
     found = []
     for name, heads, kv_heads, head_dim, options in _SHAPES:
-        for queries in (1, 8):
-            if queries * min(heads // kv_heads, tiling.MOST_ROWS) <= tiling.MOST_ROWS:
-                found.append(_split(name, heads, kv_heads, head_dim, queries, options))
+        found.append(_split(name, heads, kv_heads, head_dim, 1, options))
+        if name in _DRAFTED:
+            found.append(_split(name, heads, kv_heads, head_dim, 8, options))
         found.append(_chunk(name, heads, kv_heads, head_dim, options))
-    for head_dim, queries in ((64, 1), (128, 1), (128, 8), (256, 1)):
-        found.append(_merge(head_dim, queries))
-    return found
+    return [*found, _merge(64, 1), _merge(128, 8), _merge(256, 1)]
 
 
 # name, query heads, key/value heads, head_dim, switches
@@ -35,24 +33,21 @@ _SHAPES: tuple[tuple[str, int, int, int, frozenset[str]], ...] = (
     ("bf16 d128 g2", 16, 8, 128, frozenset()),
     ("bf16 d64 g7", 14, 2, 64, frozenset()),
     ("bf16 d64 g1", 12, 12, 64, frozenset()),
-    ("bf16 d64 g71", 71, 1, 64, frozenset()),
     ("bf16 d80 g1", 32, 32, 80, frozenset()),
-    ("bf16 d256 g2", 8, 4, 256, frozenset()),
     ("bf16 d256 g2 window cap", 8, 4, 256, frozenset({"HAS_WINDOW", "HAS_CAP"})),
-    ("bf16 d128 g4 window", 32, 8, 128, frozenset({"HAS_WINDOW"})),
     ("bf16 d128 g1 alibi", 32, 32, 128, frozenset({"HAS_SLOPES"})),
     ("bf16 d128 g4, fp8 cache", 32, 8, 128, frozenset({"FP8"})),
-    ("bf16 d64 g7, fp8 cache", 14, 2, 64, frozenset({"FP8"})),
-    ("bf16 d256 g2, fp8 cache", 8, 4, 256, frozenset({"FP8"})),
     ("fp32 d128 g4", 32, 8, 128, frozenset({"fp32"})),
-    ("fp32 d64 g7", 14, 2, 64, frozenset({"fp32"})),
 )
+# Also with 8 new tokens a sequence, where rows of a tile are 16, 32 and 64.
+_DRAFTED = ("bf16 d128 g4", "bf16 d128 g7", "bf16 d128 g2", "bf16 d64 g7", "bf16 d256 g2 window cap")
 
 
 def _split(
     name: str, heads: int, kv_heads: int, head_dim: int, queries: int, switches: frozenset[str]
 ) -> Specialization:
-    tile = tiling.split_tile(head_dim, heads // kv_heads, queries, 4 if "fp32" in switches else 2)
+    itemsize = 4 if "fp32" in switches else 2
+    tile = tiling.split_tile(head_dim, heads // kv_heads, queries, itemsize, "FP8" in switches)
     signature = _signature(switches)
     signature |= {"parts": "*fp32", "part_stats": "*fp32"} | dict.fromkeys(_LENGTHS, "i32")
     return _specialization(
@@ -65,7 +60,7 @@ def _split(
 
 
 def _chunk(name: str, heads: int, kv_heads: int, head_dim: int, switches: frozenset[str]) -> Specialization:
-    tile = tiling.chunk_tile(head_dim, heads // kv_heads, 4 if "fp32" in switches else 2)
+    tile = tiling.chunk_tile(head_dim, heads // kv_heads, 4 if "fp32" in switches else 2, "FP8" in switches)
     return _specialization(
         f"chunk {name}",
         chunk_attention,
@@ -101,7 +96,7 @@ def _signature(switches: frozenset[str]) -> dict[str, str]:
         "contexts": "*i32",
         "out": element,
     }
-    signature |= dict.fromkeys(_SCALES, "fp32") | dict.fromkeys(_STRIDES, "i32")
+    signature |= dict.fromkeys(_SCALES, "fp32") | dict.fromkeys((*_STRIDES, "table_stride"), "i32")
     return signature | ({"slopes": "*fp32"} if "HAS_SLOPES" in switches else {})
 
 

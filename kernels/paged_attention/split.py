@@ -1,6 +1,7 @@
 """Attention of sequences with few new tokens: keys split over programs, the parts merged by another kernel.
 
-(Flash-Decoding, Dao et al. 2023, with the split length worked out on the device from the real lengths.)
+(Flash-Decoding, Dao et al. 2023.) Where a sequence is split depends on its own length alone, so that its
+result does not change with the sequences beside it, nor with the bounds that a launch is made for.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -10,9 +11,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from penstock.kernels.paged_attention.tiles import LOG2_E, fold, load_query
+from penstock.kernels.paged_attention.tiles import LOG2_E, fold, load_blocks, load_query
 
-_LANES = tl.constexpr(256)  # sequences looked at together
 _PARTS = tl.constexpr(16)  # parts merged together
 
 
@@ -26,35 +26,12 @@ def _first_seen(context, new, window, HAS_WINDOW: tl.constexpr):
 
 
 @triton.jit
-def _split_length(
-    starts,
-    contexts,
-    num_sequences,
-    seen,
-    window,
-    wanted_splits,
-    max_splits,
-    shortest,
-    QUERIES: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,
-):
-    """Keys of one split, so that all sequences' splits are about `wanted_splits`, and this one's `max_splits`
-    at most. `seen` is this sequence's number of keys."""
-    sums = tl.zeros([_LANES], dtype=tl.int32)
-    for first in range(0, num_sequences, _LANES):
-        i = first + tl.arange(0, _LANES)
-        exists = i < num_sequences
-        start = tl.load(starts + i, mask=exists, other=0)
-        new = tl.load(starts + i + 1, mask=exists, other=0) - start
-        context = tl.load(contexts + i, mask=exists, other=0)
-        served = (new > 0) & (new <= QUERIES)
-        sums += tl.where(served, context - _first_seen(context, new, window, HAS_WINDOW), 0)
-    even = tl.cdiv(tl.sum(sums, axis=0), wanted_splits)
-    least = tl.cdiv(seen, max_splits)
-    return tl.cdiv(tl.maximum(even, least), shortest) * shortest
+def _split_length(seen, most_splits, shortest):
+    """Keys of one split of a sequence that has `seen`: a multiple of `shortest`."""
+    return tl.cdiv(tl.cdiv(seen, most_splits), shortest) * shortest
 
 
-@triton.jit(do_not_specialize=["num_sequences", "window", "wanted_splits", "max_splits", "shortest"])
+@triton.jit(do_not_specialize=["window", "room", "most_splits", "shortest", "table_stride"])
 def split_attention(
     query,
     cache,
@@ -65,10 +42,9 @@ def split_attention(
     out,
     parts,
     part_stats,
-    num_sequences,
     window,
-    wanted_splits,
-    max_splits,
+    room,
+    most_splits,
     shortest,
     score_scale,
     soft_cap,
@@ -93,10 +69,11 @@ def split_attention(
     FP8: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    """One split of one sequence with at most QUERIES new tokens, for the query heads of one key/value head.
+    """Every so many splits of one sequence with at most QUERIES new tokens, for the query heads of one
+    key/value head.
 
     A sequence of one split goes to `out` straight away. Else its parts go to parts [S, QUERIES, NUM_HEADS,
-    max_splits, HEAD_DIM] and part_stats [..., 2], the peak and the sum of its weights, for `merge_parts`.
+    room, HEAD_DIM] and part_stats [..., 2], the peak and the sum of its weights, for `merge_parts`.
     """
     if DEPENDENT:
         tl.extra.cuda.gdc_wait()
@@ -105,21 +82,17 @@ def split_attention(
     HEAD_TILES: tl.constexpr = (GROUP + GROUP_TILE - 1) // GROUP_TILE
     sequence = tl.program_id(0).to(tl.int64)
     kv_head = tl.program_id(1) // HEAD_TILES
-    split = tl.program_id(2)
     row = tl.load(starts + sequence)
     new = tl.load(starts + sequence + 1) - row
     context = tl.load(contexts + sequence)
     if (context <= 0) | (new <= 0) | (new > QUERIES):
         return
     first = _first_seen(context, new, window, HAS_WINDOW)
-    length = _split_length(
-        starts, contexts, num_sequences, context - first, window, wanted_splits, max_splits, shortest,
-        QUERIES, HAS_WINDOW,
-    )  # fmt: skip
-    begin = first + split * length
-    if begin >= context:
+    seen = context - first
+    length = _split_length(seen, most_splits, shortest)
+    num_splits = tl.cdiv(seen, length)
+    if tl.program_id(2) >= num_splits:
         return
-    stop = tl.minimum(begin + length, context)
 
     m = tl.arange(0, BLOCK_M)
     d = tl.arange(0, BLOCK_D)
@@ -136,41 +109,47 @@ def split_attention(
     keys = cache + kv_head * HEAD_DIM
     table = tables + sequence * table_stride
 
-    acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
-    peak = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
-    total = tl.zeros([BLOCK_M], dtype=tl.float32)
-    # Counted from 0, for the sake of the pointers' alignment; see chunk.py.
-    for i in range(tl.cdiv(stop - begin, BLOCK_N)):
-        start = begin + i * BLOCK_N
-        acc, peak, total = fold(
-            acc, peak, total, rows, positions, slope, keys, table, start, stop, score_scale, soft_cap, window,
-            block_stride, slot_stride, KV_HEADS * HEAD_DIM, HEAD_DIM, BLOCK_D, BLOCK_N, BLOCK_SIZE,
-            True, HAS_WINDOW, HAS_CAP, HAS_SLOPES, FP8,
-        )  # fmt: skip
-    acc *= out_scale
+    n = tl.arange(0, BLOCK_N)
     mask = row_mask[:, None] & (d < HEAD_DIM)[None, :]
-    if (split == 0) & (stop == context):
-        target = (row + token).to(tl.int64) * NUM_HEADS + head
-        result = acc / tl.where(row_mask, total, 1.0)[:, None]
-        tl.store(out + target[:, None] * HEAD_DIM + d[None, :], result.to(out.dtype.element_ty), mask=mask)
-    else:
-        part = ((sequence * QUERIES + token) * NUM_HEADS + head) * max_splits + split
-        tl.store(parts + part[:, None] * HEAD_DIM + d[None, :], acc, mask=mask)
-        tl.store(part_stats + part * 2, peak, mask=row_mask)
-        tl.store(part_stats + part * 2 + 1, total, mask=row_mask)
+
+    for split in range(tl.program_id(2), num_splits, tl.num_programs(2)):
+        begin = first + split * length
+        stop = tl.minimum(begin + length, context)
+        acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
+        peak = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
+        total = tl.zeros([BLOCK_M], dtype=tl.float32)
+        block = load_blocks(table, begin + n, stop, BLOCK_SIZE)
+        # Counted from 0, for the sake of the pointers' alignment; see chunk.py.
+        for i in range(tl.cdiv(stop - begin, BLOCK_N)):
+            start = begin + i * BLOCK_N
+            acc, peak, total, block = fold(
+                acc, peak, total, block, rows, positions, slope, keys, table, start, stop, score_scale,
+                soft_cap, window, block_stride, slot_stride, KV_HEADS * HEAD_DIM, HEAD_DIM, BLOCK_D, BLOCK_N,
+                BLOCK_SIZE, True, HAS_WINDOW, HAS_CAP, HAS_SLOPES, FP8,
+            )  # fmt: skip
+        acc *= out_scale
+        if num_splits == 1:
+            target = (row + token).to(tl.int64) * NUM_HEADS + head
+            result = acc / tl.where(row_mask, total, 1.0)[:, None]
+            pointers = out + target[:, None] * HEAD_DIM + d[None, :]
+            tl.store(pointers, result.to(out.dtype.element_ty), mask=mask)
+        else:
+            part = ((sequence * QUERIES + token) * NUM_HEADS + head) * room + split
+            tl.store(parts + part[:, None] * HEAD_DIM + d[None, :], acc, mask=mask)
+            tl.store(part_stats + part * 2, peak, mask=row_mask)
+            tl.store(part_stats + part * 2 + 1, total, mask=row_mask)
 
 
-@triton.jit(do_not_specialize=["num_sequences", "window", "wanted_splits", "max_splits", "shortest"])
+@triton.jit(do_not_specialize=["window", "room", "most_splits", "shortest"])
 def merge_parts(
     parts,
     part_stats,
     out,
     starts,
     contexts,
-    num_sequences,
     window,
-    wanted_splits,
-    max_splits,
+    room,
+    most_splits,
     shortest,
     NUM_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -192,15 +171,11 @@ def merge_parts(
     if (context <= 0) | (new > QUERIES) | (token >= new):
         return
     seen = context - _first_seen(context, new, window, HAS_WINDOW)
-    length = _split_length(
-        starts, contexts, num_sequences, seen, window, wanted_splits, max_splits, shortest,
-        QUERIES, HAS_WINDOW,
-    )  # fmt: skip
-    num_splits = tl.cdiv(seen, length)
+    num_splits = tl.cdiv(seen, _split_length(seen, most_splits, shortest))
     if num_splits <= 1:
         return
     d = tl.arange(0, BLOCK_D)
-    first_part = ((sequence * QUERIES + token) * NUM_HEADS + head) * max_splits
+    first_part = ((sequence * QUERIES + token) * NUM_HEADS + head) * room
     acc = tl.zeros([BLOCK_D], dtype=tl.float32)
     peak = float("-inf")
     total = 0.0

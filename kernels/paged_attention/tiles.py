@@ -26,7 +26,9 @@ def load_query(pointers, row_mask, d, HEAD_DIM: tl.constexpr, BLOCK_D: tl.conste
     """Query rows in the type of the products: that of the keys as they come out of `_widen`."""
     rows = load_rows(pointers, row_mask, d, HEAD_DIM, BLOCK_D)
     if FP8 and rows.dtype != tl.float32:
-        rows = tl.minimum(tl.maximum(rows.to(tl.float32), -65504.0), 65504.0).to(tl.float16)
+        nan: tl.constexpr = tl.PropagateNan.ALL
+        rows = tl.maximum(rows.to(tl.float32), -65504.0, propagate_nan=nan)
+        rows = tl.minimum(rows, 65504.0, propagate_nan=nan).to(tl.float16)
     return rows
 
 
@@ -54,10 +56,17 @@ def _tanh(x):
 
 
 @triton.jit
+def load_blocks(table, positions, stop, BLOCK_SIZE: tl.constexpr):
+    """Table entries of the blocks in which keys at `positions` lie; 0 for those from `stop` on."""
+    return tl.load(table + positions // BLOCK_SIZE, mask=positions < stop, other=0)
+
+
+@triton.jit
 def fold(
     acc,
     peak,
     total,
+    block,
     query,
     positions_of_rows,
     slope,
@@ -81,8 +90,11 @@ def fold(
     HAS_SLOPES: tl.constexpr,
     FP8: tl.constexpr,
 ):
-    """Online softmax over keys [start, start + BLOCK_N), in base 2: (acc, peak, total) after them.
+    """Online softmax over keys [start, start + BLOCK_N), in base 2: (acc, peak, total) after them, and the
+    `block` of the BLOCK_N keys that follow.
 
+    block [BLOCK_N]: `load_blocks` of these keys. It comes from the step before so that Triton's pipeliner,
+    which sees through no second indirection, loads keys and values ahead.
     query [M, BLOCK_D]; positions_of_rows [M], in the sequence; keys points at slot 0 of the key head, values
     lie value_offset further. MASKED: keys from `stop` on do not exist, and not every row sees every key; else
     all do. score_scale takes a product to base 2, or, with a soft cap, to a fraction of the cap.
@@ -90,11 +102,8 @@ def fold(
     positions = start + tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
     exists = positions < stop
-    if MASKED:
-        block = tl.load(table + positions // BLOCK_SIZE, mask=exists, other=0).to(tl.int64)
-    else:
-        block = tl.load(table + positions // BLOCK_SIZE).to(tl.int64)
-    slots = block * block_stride + (positions % BLOCK_SIZE) * slot_stride
+    next_block = load_blocks(table, positions + BLOCK_N, stop, BLOCK_SIZE)
+    slots = block.to(tl.int64) * block_stride + (positions % BLOCK_SIZE) * slot_stride
     pointers = keys + slots[:, None] + d[None, :]
     key = _widen(_load_tokens(pointers, exists, d, HEAD_DIM, BLOCK_D, MASKED), query, FP8)
     # Rows that do not exist are zero: a weight of 0 times whatever lies there need not be 0.
@@ -121,4 +130,4 @@ def fold(
     total = total * fade + tl.sum(weights, axis=1)
     value = _widen(value, query, FP8)
     acc = tl.dot(weights.to(value.dtype), value, acc * fade[:, None], input_precision="ieee")
-    return acc, new_peak, total
+    return acc, new_peak, total, next_block

@@ -47,6 +47,10 @@ class _Call:
         return self.contexts.shape[0]
 
     @property
+    def fp8(self) -> bool:
+        return bool(self.constexprs["FP8"])
+
+    @property
     def strides(self) -> tuple[int, ...]:
         cache = self.cache
         return (
@@ -121,15 +125,15 @@ def _scales(scale: float, soft_cap: float | None, unit: float) -> tuple[float, f
 def _run_splits(call: _Call, queries: int, max_context_len: int) -> None:
     num_heads, head_dim = call.query.shape[1:]
     kv_heads = call.cache.shape[3]
-    tile = tiling.split_tile(head_dim, num_heads // kv_heads, queries, call.query.element_size())
+    tile = tiling.split_tile(head_dim, num_heads // kv_heads, queries, call.query.element_size(), call.fp8)
     head_tiles = tiling.head_tiles(num_heads, kv_heads, tile.group)
     device = call.query.device
     splits = tiling.plan_splits(call.num_sequences, head_tiles, max_context_len, _num_sms(device))
-    shape = (call.num_sequences, queries, num_heads, splits.most) if splits.most > 1 else (0, 0, 0, 0)
+    shape = (call.num_sequences, queries, num_heads, splits.room) if splits.room > 1 else (0, 0, 0, 0)
     parts = torch.empty((*shape, head_dim), dtype=torch.float32, device=device)
     stats = torch.empty((*shape, 2), dtype=torch.float32, device=device)
-    lengths = (call.num_sequences, call.window, splits.wanted, splits.most, splits.shortest)
-    split_attention[(call.num_sequences, head_tiles, splits.most)](
+    lengths = (call.window, splits.room, splits.most, splits.shortest)
+    split_attention[(call.num_sequences, head_tiles, splits.programs)](
         *(call.query, call.cache, call.batch.block_tables, call.starts, call.contexts, call.slopes),
         *(call.out, parts, stats, *lengths, *call.scales, *call.strides),
         **call.constexprs,
@@ -140,7 +144,7 @@ def _run_splits(call: _Call, queries: int, max_context_len: int) -> None:
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )
-    if splits.most == 1:
+    if splits.room == 1:
         return
     merge_parts[(call.num_sequences * queries, num_heads)](
         *(parts, stats, call.out, call.starts, call.contexts, *lengths),
@@ -157,7 +161,7 @@ def _run_splits(call: _Call, queries: int, max_context_len: int) -> None:
 def _run_chunks(call: _Call) -> None:
     num_tokens, num_heads, head_dim = call.query.shape
     kv_heads = call.cache.shape[3]
-    tile = tiling.chunk_tile(head_dim, num_heads // kv_heads, call.query.element_size())
+    tile = tiling.chunk_tile(head_dim, num_heads // kv_heads, call.query.element_size(), call.fp8)
     grid = (
         num_tokens // tile.tokens + call.num_sequences,
         tiling.head_tiles(num_heads, kv_heads, tile.group),

@@ -106,10 +106,10 @@ def draw_chunks(
                 counter = chunk * LANE + lanes
                 zero = counter * 0
                 r0, r1, r2, r3 = tl.philox(stream, counter, zero + tl.load(positions + row), zero, zero)
-                s0 = (x0 - shift) / temperature + gumbel(r0)
-                s1 = (x1 - shift) / temperature + gumbel(r1)
-                s2 = (x2 - shift) / temperature + gumbel(r2)
-                s3 = (x3 - shift) / temperature + gumbel(r3)
+                s0 = tl.div_rn(x0 - shift, temperature) + gumbel(r0)
+                s1 = tl.div_rn(x1 - shift, temperature) + gumbel(r1)
+                s2 = tl.div_rn(x2 - shift, temperature) + gumbel(r2)
+                s3 = tl.div_rn(x3 - shift, temperature) + gumbel(r3)
                 if HAS_BOUNDS:
                     key_bound = tl.load(bounds + 2 * row)
                     last_id = tl.load(bounds + 2 * row + 1)
@@ -155,7 +155,7 @@ def pick(
         scores = tl.load(part_scores + part + chunks, mask=inside, other=float("-inf"))
         if RANDOM:
             if load_integer(parameters, slot, GREEDY) == 0:
-                lag = (best - row_best) / load_float(parameters, slot, TEMPERATURE)
+                lag = tl.div_rn(best - row_best, load_float(parameters, slot, TEMPERATURE))
                 scores = tl.where(best > float("-inf"), scores + lag, float("-inf"))
         scores = without_nan(scores)
         top = tl.max(scores, axis=0)

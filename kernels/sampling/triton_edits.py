@@ -23,7 +23,7 @@ def penalise_pairs(
     x = tl.load(place, mask=inside, other=0.0).to(tl.float32)
     factor = tl.load(repetition + pairs, mask=inside, other=1.0)
     occurrences = tl.load(output_counts + pairs, mask=inside, other=0.0)
-    x = tl.where(x > 0.0, x / factor, x * factor)
+    x = tl.where(x > 0.0, tl.div_rn(x, factor), x * factor)  # rounded as torch's
     x -= tl.load(frequency + pairs, mask=inside, other=0.0) * occurrences
     x -= tl.where(occurrences > 0.0, tl.load(presence + pairs, mask=inside, other=0.0), 0.0)
     tl.store(place, x, mask=inside)

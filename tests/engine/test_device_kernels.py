@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import random
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from penstock.engine_service.core.device_memory import measure
 from penstock.engine_service.core.device_rehearsal import rehearse
 from penstock.engine_service.core.device_runner import DeviceRunner
 from penstock.engine_service.core.messages import AddRequest, Configure, Sampling
+from penstock.engine_service.core.plan import Step, StepPlan
 from penstock.kernels import dispatch
 
 pytest.importorskip("triton")
@@ -63,12 +66,14 @@ def accelerator() -> CudaAccelerator:
     return CudaAccelerator(torch.device("cuda", 0))
 
 
-@pytest.fixture
+@contextmanager
 def no_sync() -> Iterator[None]:
     """Whatever waits for the device, events apart, is an error."""
     torch.cuda.set_sync_debug_mode("error")
-    yield
-    torch.cuda.set_sync_debug_mode("default")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def jobs(**options: Any) -> list[Job]:
@@ -99,7 +104,7 @@ def test_greedy_in_float32_equals_transformers(
     for record in (True, False):
         for lookahead in (True, False):
             runner = device_runner(loaded, accelerator, record=record)
-            runner.record_common()
+            runner.record_decodes()
             driver = Driver(runner, lookahead=lookahead)
             assert tokens(driver.run(jobs())) == expected
             ragged = jobs(chunk=7)
@@ -114,34 +119,77 @@ def test_greedy_in_float32_equals_transformers(
 def test_bfloat16_is_the_same_recorded_and_ahead(
     tiny_checkpoint: Folder, accelerator: CudaAccelerator
 ) -> None:
-    """The same shapes run the same kernels, so that not a bit may differ."""
+    """The same buckets run the same kernels: as none stands in for another, not a bit may differ."""
     loaded = load(tiny_checkpoint("llama3", dtype="bfloat16"), CudaBackend())
     said = []
     for record in (True, False):
         runner = device_runner(loaded, accelerator, torch.bfloat16, record=record)
-        for bucket in runner._buckets.varied() if record else []:
-            runner.graphs.record(bucket)
+        with torch.inference_mode():
+            for bucket in runner._buckets.varied() if record else []:
+                assert runner.graphs.record(bucket)
         said.append(tokens(Driver(runner, lookahead=record).run([Job(PROMPTS[4], 40)])))
     assert said[0] == said[1]
 
 
+AHEAD: list[dict[str, Any]] = [
+    {},
+    {"prompt_logprobs": 2},
+    {"temperature": 1.2, "seed": 7},
+    {"temperature": 1.5, "top_k": 30, "top_p": 0.9, "min_p": 0.01, "seed": 8},
+    {"logprobs": 3},
+    {"temperature": 1.0, "seed": 4, "logprob_token_ids": [5, 250]},
+    {"logit_bias": {3: 4.0, 4: 3.9}},
+    {"temperature": 1.0, "seed": 6, "allowed_token_ids": [1, 2, 3, 200], "logprobs": 0},
+    {"bad_words": [[7], [9]]},
+]
+# What needs the last tokens on the host is planned without lookahead only.
+IN_TURN: list[dict[str, Any]] = [
+    {"presence_penalty": 1.0, "frequency_penalty": 0.5},
+    {"temperature": 1.0, "seed": 5, "repetition_penalty": 1.5, "top_p": 0.9},
+    {"bad_words": [[1, 2], [143, 237]]},
+]
+
+
 @pytest.mark.gpu
-def test_nothing_in_the_loop_waits_for_the_device(
-    tiny_checkpoint: Folder, accelerator: CudaAccelerator, no_sync: None
+@pytest.mark.parametrize("record", [True, False])
+@pytest.mark.parametrize("lookahead", [True, False])
+def test_starting_a_step_does_not_wait_for_the_device(
+    tiny_checkpoint: Folder,
+    accelerator: CudaAccelerator,
+    record: bool,
+    lookahead: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    torch.cuda.set_sync_debug_mode("default")
-    runner = device_runner(load(tiny_checkpoint("llama3"), CudaBackend()), accelerator)
+    """Decodes and mixed steps, and rows of each kind: alone, so that none hides behind another, and all."""
+    runner = device_runner(
+        load(tiny_checkpoint("llama3"), CudaBackend()), accelerator, record=record, lookahead=lookahead
+    )
     runner.warm_up()
-    runner.record_common()
-    driver = Driver(runner, lookahead=True, spoiled=False)
-    driver.run(jobs())  # compiles, and records what is used often
-    torch.cuda.set_sync_debug_mode("error")
-    once = jobs(sampling={"prompt_logprobs": 2})
-    for number, job in enumerate(once):
-        job.start = driver.num_steps + number // 3
+    runner.record_decodes()
+    driver = Driver(runner, lookahead=lookahead, spoiled=False)
     # Recording a further shape is the one thing that waits.
-    runner.graphs.record_due = lambda: False  # type: ignore[method-assign]
-    assert tokens(driver.run(once))
+    monkeypatch.setattr(runner.graphs, "record_due", lambda: False)
+    kinds = AHEAD if lookahead else AHEAD + IN_TURN
+    start, seen = runner.start, set()
+
+    def guarded(plan: StepPlan) -> Step:
+        seen.add(bool(plan.counts.max() == 1))
+        with no_sync():
+            return start(plan)
+
+    def all_of_them(first: int) -> list[Job]:
+        chosen = zip(PROMPTS + PROMPTS, kinds, strict=False)
+        return [
+            Job(prompt, NEW, start=first + number // 3, chunk=16, sampling=kind)
+            for number, (prompt, kind) in enumerate(chosen)
+        ]
+
+    driver.run(all_of_them(0))  # compiles what padding alone does not
+    monkeypatch.setattr(runner, "start", guarded)
+    for kind in kinds:
+        assert tokens(driver.run([Job(PROMPTS[4], 4, sampling=kind)]))
+    assert tokens(driver.run(all_of_them(driver.num_steps)))
+    assert seen == {True, False}
 
 
 @pytest.mark.gpu
@@ -154,10 +202,33 @@ def test_memory_is_measured_with_the_largest_step(
         runner = device_runner(loaded, accelerator, record=False)
         rehearse(runner, runner._limits)
 
-    memory = measure(run, accelerator.device)
+    memory = measure(run, accelerator)
     assert memory.step >= MAX_TOKENS * loaded[0].vocab_size
     assert 0 < memory.used < memory.total
     assert memory.kv_budget(0.9, record=True) < memory.total
+
+
+@pytest.mark.gpu
+def test_what_recordings_keep_is_not_counted_as_free(accelerator: CudaAccelerator) -> None:
+    size, slack = 256 << 20, 32 << 20
+    own = CudaAccelerator(accelerator.device)
+
+    def make() -> torch.Tensor:
+        return torch.empty(size, dtype=torch.uint8, device=own.device).zero_()
+
+    gc.collect()
+    torch.cuda.empty_cache()
+    free = own.free_memory()
+    kept = make()
+    assert own.free_memory() <= free - size + slack
+    del kept
+    # The allocator has it still, for whoever comes next.
+    assert own.free_memory() >= free - slack
+    assert size <= own.peak_memory(make) <= size + slack
+    replay = own.record(make)
+    assert own.free_memory() <= free - size + slack
+    replay()
+    torch.cuda.synchronize()
 
 
 @pytest.mark.gpu

@@ -98,7 +98,7 @@ def test_greedy_equals_transformers(
     loaded: Any, oracle: list[list[int]], record: bool, lookahead: bool
 ) -> None:
     runner = device_runner(loaded, record=record)
-    runner.record_common()
+    runner.record_decodes()
     driver = Driver(runner, lookahead=lookahead)
     # All at once; then ragged arrivals in chunks, some preempted; then one by one.
     assert tokens(driver.run(jobs())) == oracle
@@ -232,22 +232,35 @@ def test_drafts_give_what_single_steps_give(llama: Any, right: int) -> None:
     expected = Driver(device_runner(llama), lookahead=False).run([Job(PROMPTS[4], 12)])[0].tokens
     runner = device_runner(llama)
     driver = Driver(runner, lookahead=False)
-    job, other = Job(PROMPTS[4], 3), Job(PROMPTS[0], 3)
-    driver._join(job)
-    driver._join(other)
-    while not job.tokens:
-        driver._step([job, other], MAX_TOKENS)
+    job, others = Job(PROMPTS[4], 3), [Job(PROMPTS[number], 3) for number in (0, 1, 3, 5)]
+    for each in (job, *others):
+        driver._join(each)
+    while not all(each.tokens for each in (job, *others)):
+        driver._step([each for each in (job, *others) if not each.tokens], MAX_TOKENS)
     draft = expected[1 : 1 + right] + [(token + 1) % 256 for token in expected[1 + right : 6]]
-    plan, rows = driver._plan([other, job], MAX_TOKENS) or pytest.fail("nothing to do")
+    plan, rows = driver._plan([*others, job], MAX_TOKENS) or pytest.fail("nothing to do")
     row = rows.index(job)
-    assert row == 1
+    assert row == 4
     slot, start = plan.slots[row], int(plan.starts[row])
     driver.table.append_blocks(int(slot), [driver.free_blocks.pop() for _ in range(3)])
-    plan.counts[row], plan.num_decodes = 6, 1
+    plan.counts[row], plan.num_decodes = 6, 4
     plan.drafts[row] = np.array(draft, np.int32)
     spoil(runner)
+    forward, bounds = runner._work._model.forward, []
+
+    class Watched:
+        logits = runner._work._model.logits
+
+        @staticmethod
+        def forward(step: StepTensors, caches: list[torch.Tensor]) -> torch.Tensor:
+            bounds.append(step.attention.max_query_len)
+            return forward(step, caches)
+
+    runner._work._model = Watched()
     result = runner.start(plan).wait()
-    assert result.num_tokens.tolist() == [1, right + 1]
+    # 10 tokens, but so few of each sequence that attention may split its keys.
+    assert bounds == [8]
+    assert result.num_tokens.tolist() == [1, 1, 1, 1, right + 1]
     assert result.tokens[row, : right + 1].tolist() == expected[1 : right + 2]
     assert (
         result.tokens[0, 0]
@@ -428,25 +441,48 @@ def test_a_rehearsal_fills_the_largest_step(llama: Any, max_tokens: int) -> None
     assert (min(NUM_SLOTS, max_tokens), min(NUM_SLOTS, max_tokens)) in seen
 
 
+class Measured(CpuAccelerator):
+    """Says that work takes so much, and how much is left."""
+
+    taken, free = 0, 1 << 40
+
+    def peak_memory(self, work: Callable[[], None]) -> int:
+        work()
+        return self.taken
+
+    def free_memory(self) -> int:
+        return self.free
+
+
+@pytest.mark.parametrize("short", [0, 1])
+def test_recordings_leave_what_the_largest_steps_were_seen_to_take(llama: Any, short: int) -> None:
+    accelerator = Measured()
+    accelerator.taken, accelerator.free = 1 << 30, (1 << 30) + (256 << 20) - short
+    runner = parts_of(llama, accelerator).build(NUM_BLOCKS)
+    assert bool(runner.graphs.recorded) == (not short)
+
+
 def test_parts_put_together(llama: Any) -> None:
-    spec, model = llama
-    accelerator = CpuAccelerator()
-    parts = DeviceParts(
+    runner = parts_of(llama, CpuAccelerator()).build(NUM_BLOCKS)
+    assert [bucket.num_tokens for bucket in runner.graphs.recorded] == [10, 8, 4, 2, 1]
+    assert len(runner._work._kv_caches[0]) == NUM_BLOCKS + 1
+    expected = Driver(device_runner(llama), lookahead=False).run([Job(PROMPTS[4], 6)])[0].tokens
+    assert Driver(runner, lookahead=runner.lookahead).run([Job(PROMPTS[4], 6)])[0].tokens == expected
+
+
+def parts_of(loaded: Any, accelerator: CpuAccelerator) -> DeviceParts:
+    spec, model = loaded
+    return DeviceParts(
         model=model,
         spec=spec,
         sampler=DeviceSampler(spec.vocab_size, NUM_SLOTS, accelerator.device, 3),
         accelerator=accelerator,
-        limits=replace(device_runner(llama)._limits, num_blocks=0),
+        limits=replace(device_runner(loaded)._limits, num_blocks=0),
         dtype=torch.float32,
         kv_dtype=torch.float32,
         record=True,
         lookahead=True,
     )
-    runner = parts.build(NUM_BLOCKS)
-    assert [bucket.num_tokens for bucket in runner.graphs.recorded] == [10, 8, 4, 2, 1]
-    assert len(runner._work._kv_caches[0]) == NUM_BLOCKS + 1
-    expected = Driver(device_runner(llama), lookahead=False).run([Job(PROMPTS[4], 6)])[0].tokens
-    assert Driver(runner, lookahead=runner.lookahead).run([Job(PROMPTS[4], 6)])[0].tokens == expected
 
 
 class TestStepMemory:
@@ -456,8 +492,11 @@ class TestStepMemory:
         memory = StepMemory(total=80 * self.GIB, used=17 * self.GIB, step=2 * self.GIB)
         quarter = self.GIB // 4
         assert memory.kv_budget(0.9, record=False) == int(72 * self.GIB) - 19 * self.GIB - quarter
-        # Graphs keep their own temporaries, at most a GiB of them.
-        assert memory.kv_budget(0.9, record=True) == memory.kv_budget(0.9, record=False) - 3 * self.GIB // 2
+        # Graphs keep their own temporaries beside those of other steps.
+        assert memory.kv_budget(0.9, record=True) == memory.kv_budget(0.9, record=False) - self.GIB // 2
+        pooled = replace(memory, pool=3 * self.GIB)
+        assert pooled.kv_budget(0.9, record=True) == memory.kv_budget(0.9, record=True) - 3 * self.GIB
+        assert pooled.kv_budget(0.9, record=False) == memory.kv_budget(0.9, record=False)
         assert memory.available(record=False) == 61 * self.GIB - quarter
 
     def test_nothing_left(self) -> None:

@@ -23,6 +23,7 @@ from penstock.engine_service.core.messages import AddRequest, Sampling
 from penstock.engine_service.core.request import Request, Sequence
 from penstock.engine_service.core.sampler import Sampler
 from penstock.engine_service.core.sampling_state import SamplingState
+from penstock.engine_service.core.upload import Upload
 from penstock.kernels import dispatch, sampling
 
 VOCAB = 300
@@ -257,6 +258,25 @@ def test_a_slots_next_owner_brings_its_own_parameters(device: torch.device) -> N
         int(run(sampler, logits, [make_sequence(1, temperature=5.0, seed=s)]).tokens[0]) for s in range(9)
     }
     assert len(draws) > 2
+
+
+@pytest.mark.parametrize("fails", ["send", "tensor"])
+def test_parameters_that_a_failed_launch_did_not_bring_come_with_the_next(
+    device: torch.device, fails: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logits = random_logits(3, 5, scale=0.3)
+    sequences = [make_sequence(slot, temperature=1.5, top_k=50, seed=slot) for slot in range(3)]
+    expected = [draw_one(device, logits[row], sequences[row]) for row in range(3)]
+    assert expected != logits.argmax(-1).tolist()
+    sampler = new_sampler(device)
+    with monkeypatch.context() as patch:
+        patch.setattr(Upload, fails, lambda *arguments: (_ for _ in ()).throw(RuntimeError("lost")))
+        with pytest.raises(RuntimeError, match="lost"):
+            sampler.launch(logits.to(device), sequences)
+    # Rows that are not in the next launch count too.
+    assert run(sampler, logits[:1], sequences[:1]).tokens.tolist() == expected[:1]
+    assert run(sampler, logits, sequences).tokens.tolist() == expected
+    assert not sampler._slots._changed
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Norms, rotary embedding, activations and the cache write against formulas written out here."""
+"""Norms, rotary embedding and activations against formulas written out here."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from torch import Tensor
 
 from penstock.kernels.activation import gelu, relu, silu_mul
 from penstock.kernels.dispatch import load
-from penstock.kernels.kv_write import kv_write
 from penstock.kernels.norm import add_rms_norm, layer_norm, rms_norm
 
 DTYPES = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
@@ -99,16 +98,3 @@ def test_activations(dtype: torch.dtype, rows: int, size: int) -> None:
     inner = math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)
     close(gelu(gate.to(dtype), tanh=True), x * 0.5 * (1 + inner.tanh()))
     close(relu(gate.to(dtype)), torch.where(x > 0, x, 0.0))
-
-
-def test_kv_write_touches_the_slots_and_nothing_else() -> None:
-    cache = torch.full((4, 8, 2, 3, 5), -1.0)
-    heads = random(3, 10, 5)
-    slots = torch.tensor([31, 0, 10])
-    kv_write(heads[:, 4:].unflatten(1, (2, 3)), cache, slots)
-    for row, slot in enumerate(slots.tolist()):
-        written = cache[slot // 8, slot % 8]
-        assert torch.equal(written[0], heads[row, 4:7])
-        assert torch.equal(written[1], heads[row, 7:10])
-        written.fill_(-1.0)
-    assert (cache == -1.0).all()

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from penstock.kernels.dispatch import load
-from penstock.kernels.kv_write import kv_write
+from penstock.kernels.kv_write import rotate_and_write
 from penstock.kernels.paged_attention import AttentionBatch
 
 FP8 = torch.float8_e4m3fn
@@ -199,7 +199,7 @@ class TestCache:
             positions = torch.arange(context)
             slots = tables[row, positions // block_size] * block_size + positions % block_size
             key_value = random(context, 2, kv_heads, head_dim, seed=row) * 2
-            kv_write(key_value.to(dtype), cache, slots)
+            rotate_and_write(key_value.to(dtype).flatten(1, 2), cache, slots)
         query = random(sum(length for length, _ in self.LENGTHS), 6, head_dim, seed=99, dtype=dtype)
         lengths, contexts = map(list, zip(*self.LENGTHS, strict=True))
         return query, cache, AttentionBatch(lengths, contexts, 3, block_size, tables)
@@ -234,7 +234,7 @@ class TestCache:
     def test_writing_saturates(self) -> None:
         cache = torch.zeros(1, 4, 2, 1, 4, dtype=FP8)
         row = torch.tensor([500.0, -1e5, 3.3, float("nan")])
-        kv_write(row.expand(1, 2, 1, 4), cache, torch.tensor([2]))
+        rotate_and_write(row.expand(1, 2, 4), cache, torch.tensor([2]))
         torch.testing.assert_close(
             cache.float()[0, 2, 0, 0], torch.tensor([448.0, -448.0, 3.25, float("nan")]), equal_nan=True
         )

@@ -123,7 +123,7 @@ def check(
 @pytest.fixture
 def many_splits(monkeypatch: pytest.MonkeyPatch) -> None:
     def plan(num_sequences: int, *_: object) -> tiling.Splits:
-        return tiling.Splits(wanted=1000, most=13, shortest=16)
+        return tiling.Splits(most=13, shortest=16, room=13, programs=3)
 
     monkeypatch.setattr(tiling, "plan_splits", plan)
 
@@ -228,10 +228,48 @@ def test_splits_fill_the_device_and_stay_in_bounds() -> None:
     for sequences in (1, 8, 256, 1024):
         for context in (1, 100, 4096, 1 << 20):
             splits = tiling.plan_splits(sequences, 8, context, 132)
-            assert 1 <= splits.most <= 64
-            assert splits.wanted >= 1
-            assert splits.most <= -(-context // splits.shortest)
-    assert tiling.plan_splits(1, 8, 1 << 17, 132).most == 64
+            assert 1 <= splits.programs <= splits.room <= splits.most
+            assert splits.room * splits.shortest >= min(context, splits.most * splits.shortest)
+    alone, full = tiling.plan_splits(1, 8, 1 << 17, 132), tiling.plan_splits(256, 8, 1 << 17, 132)
+    assert alone.programs == alone.room == alone.most
+    assert full.programs * 256 * 8 <= 64 * 132  # few that find nothing to do
+    assert (alone.most, alone.shortest) == (full.most, full.shortest)
+
+
+class TestARowAndItsNeighbours:
+    """A row's bits do not depend on the other sequences of its step, nor on what the step was sized for."""
+
+    LENGTHS = ((1, 700), (1, 3), (1, 256), (1, 257), (1, 40))
+    SHORTEST = 32
+
+    @pytest.fixture(autouse=True)
+    def short_splits(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(tiling, "_SHORTEST_SPLIT", self.SHORTEST)
+        monkeypatch.setattr(tiling, "_MOST_SPLITS", 12)
+
+    def attend(self, case: Case, rows: list[int], max_context_len: int) -> Tensor:
+        batch = case.batch
+        own = AttentionBatch(
+            query_lens=[batch.query_lens[row] for row in rows],
+            seq_lens=[batch.seq_lens[row] for row in rows],
+            num_decodes=len(rows),
+            block_size=batch.block_size,
+            block_tables=batch.block_tables[rows],
+            max_context_len=max_context_len,
+        )
+        query = case.query[rows]
+        return load("paged_attention", "triton").paged_attention(query, case.kv_cache, own, scale=0.3)
+
+    def test_alone_and_among_others(self, device: torch.device) -> None:
+        case = make_case(device, list(self.LENGTHS))
+        rows = list(range(len(self.LENGTHS)))
+        together = self.attend(case, rows, 0)
+        for row in rows:
+            alone = self.attend(case, [row], 0)
+            assert torch.equal(alone[0], together[row])
+            assert torch.equal(self.attend(case, [row], 1 << 17), alone)
+        assert torch.equal(self.attend(case, [4, 1], 0), together[[4, 1]])
+        assert torch.equal(self.attend(case, rows * 5, 4096), together.repeat(5, 1, 1))
 
 
 def test_a_layout_it_cannot_take_is_an_error(device: torch.device) -> None:
