@@ -1,1 +1,1 @@
-"""A small C library of the CPU's hot ops: built from `src/` by `build.py`, found and bound by `library.py`."""
+"""A small C library of the CPU's hot ops: made of `src/` by `build.py`, found and bound by `library.py`."""

@@ -1,7 +1,7 @@
 """Builds the native library: python -m penstock.kernels.native.build
 
-Needs a C compiler (CC, or cc, gcc, clang) and nothing else. Exit codes: 0 built or already there; 1 not built,
-one line says why. Without it the engine runs the same ops in torch.
+Needs a C compiler (CC, or cc, gcc, clang) and nothing else. Exit codes: 0 built or already there; 1 not
+built, one line says why. Without it the engine runs the same ops in torch.
 """
 
 from __future__ import annotations

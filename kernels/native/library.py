@@ -1,7 +1,7 @@
-"""Finds the built library, binds its functions for the best instruction set here, and lends it torch's threads.
+"""Finds the built library, binds its functions for the best instruction set, and lends it torch's threads.
 
-PENSTOCK_NATIVE chooses for the process: "auto" (also unset), "off", or the name of an instruction set, which is
-then the richest that is used.
+PENSTOCK_NATIVE chooses for the process: "auto" (also unset), "off", or the name of an instruction set, which
+is then the richest that is used.
 """
 
 from __future__ import annotations
@@ -22,6 +22,13 @@ log = logging.getLogger(__name__)
 VARIABLE = "PENSTOCK_NATIVE"
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # as PS_F32 and PS_BF16 of src/types.h
 Function = Callable[..., int]
+
+# Types of arguments.
+POINTER, INT64, INT, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
+
+_WORTH_THREADS = 1 << 16  # elements; some 20 us of one thread
+_BAD_INDEX = 1  # results, as src/types.h has them
+_NO_MEMORY = 3
 
 
 class Library:
@@ -62,6 +69,46 @@ def reason() -> str:
     if not library_path().exists():
         return "torch: the native library is not built (python -m penstock.kernels.native.build)"
     return f"torch: the native library does not load, or not with {VARIABLE}={wanted[:20]}"
+
+
+def bind(namespace: dict[str, Any], **functions: tuple[Any, ...]) -> None:
+    """Puts functions of the library into a module's namespace: its name for each -> (the function's own name,
+    types of its arguments). Raises ImportError where there is no library, and AttributeError for a name that
+    it lacks."""
+    opened = library()
+    if opened is None:
+        raise ImportError(reason())
+    _bound.append((namespace, functions))
+    _fill(opened, namespace, functions)
+
+
+def rebind(opened: Library) -> None:
+    """Makes all modules use the functions of another instruction set: for tests and measurements."""
+    for namespace, functions in _bound:
+        _fill(opened, namespace, functions)
+
+
+_bound: list[tuple[dict[str, Any], dict[str, tuple[Any, ...]]]] = []
+
+
+def _fill(opened: Library, namespace: dict[str, Any], functions: dict[str, tuple[Any, ...]]) -> None:
+    for name, (own_name, *types) in functions.items():
+        namespace[name] = opened.function(own_name, *types)
+
+
+def check(result: int) -> None:
+    """Raises what a function's result stands for; 0 is well."""
+    if result == _BAD_INDEX:
+        raise IndexError("a slot or a block lies outside the cache")
+    if result == _NO_MEMORY:
+        raise MemoryError
+    if result:
+        raise ValueError("a shape that the native library does not have")
+
+
+def threads_for(elements: int) -> int:
+    """Threads worth waking for so many elements of light work."""
+    return 1 if elements < _WORTH_THREADS else torch.get_num_threads()
 
 
 def runnable() -> list[str]:
@@ -107,7 +154,7 @@ def _load() -> ctypes.CDLL | None:
 
 
 def _team_of_torch() -> int | None:
-    """Address of GOMP_parallel in the OpenMP runtime that torch has loaded; None: no threads but the caller's.
+    """Address of GOMP_parallel in the OpenMP runtime that torch has loaded; None: only the caller's thread.
 
     A runtime of our own would bring a second set of threads to the same cores. LLVM's and Intel's runtimes
     have this entry point too.

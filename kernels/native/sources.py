@@ -1,7 +1,8 @@
 """What the native library is made of, for which instruction sets, and where a built one lies.
 
 A file is compiled once for each instruction set it lists, with that set's flags, and names its functions by
-PS_FN(name), which adds the set's name. To add a file, list it here; to add a function, bind it where it is used.
+PS_FN(name), which adds the set's name. To add a file, list it here; to use a function, `bind` it in an op's
+native.py.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "norm.c": ("generic", "avx2", "avx512", "avx512bf16"),
     "activation.c": ("generic", "avx2", "avx512", "avx512bf16"),
     "kv_write.c": ("generic", "avx2", "avx512", "avx512bf16"),
+    "attention.c": ("generic", "avx2", "avx512", "avx512bf16"),
     "argmax.c": ("generic", "avx2", "avx512"),
 }
 

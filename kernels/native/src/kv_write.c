@@ -3,7 +3,7 @@
 #include "parallel.h"
 #include "simd.h"
 
-enum { MOST_DIMS = 512, TOKENS_A_TASK = 8 };
+enum { MOST_DIMS = 256, TOKENS_A_TASK = 8 };
 
 struct write {
     void *heads;

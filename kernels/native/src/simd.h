@@ -42,6 +42,7 @@ PS_INLINE vf v_select(vi mask, vf a, vf b) {
     return (vf)((mask & (vi)a) | (~mask & (vi)b));
 }
 
+/* Of unordered ones b. */
 PS_INLINE vf v_max(vf a, vf b) {
 #if PS_LANES == 16
     return (vf)_mm512_max_ps((__m512)a, (__m512)b);
@@ -89,9 +90,9 @@ PS_INLINE vf v_round(vf x) {
 #endif
 }
 
-/* 2**x, to a few units in the last place; 0 below -126, so also for -inf. Not for NaN or x above 127. */
+/* 2**x, to a few units in the last place; 0 below -126, so also for -inf; NaN for NaN. Not for x above 127. */
 PS_INLINE vf v_exp2(vf x) {
-    vf low = v_max(x, v_set(-150.0f));
+    vf low = v_max(v_set(-150.0f), x);
     vf whole = v_round(low), part = low - whole;
     vf y = v_set(1.5403530e-4f);
     y = y * part + v_set(1.3333558e-3f);
