@@ -24,9 +24,7 @@ def cache_dtype(name: str, model_dtype: torch.dtype) -> torch.dtype:
     return torch.float8_e4m3fn
 
 
-def block_bytes(
-    spec: ModelSpec, block_size: int, dtype: torch.dtype, device: torch.device = _CPU
-) -> int:
+def block_bytes(spec: ModelSpec, block_size: int, dtype: torch.dtype, device: torch.device = _CPU) -> int:
     """Bytes of one block over all layers; `dtype` is the cache's."""
     elements = block_elements(block_size, spec.num_kv_heads, spec.head_dim, dtype, device)
     return spec.num_layers * elements * dtype.itemsize

@@ -7,12 +7,11 @@ from torch import Tensor
 
 from penstock.kernels.activation import reference
 from penstock.kernels.activation.reference import gelu, gelu_mul, relu
-from penstock.kernels.native.library import DTYPES, INT, INT64, POINTER, Function, bind, threads_for
+from penstock.kernels.native.library import DTYPES, INT, INT64, POINTER, bind, threads_for
 
 __all__ = ["gelu", "gelu_mul", "relu", "silu_mul"]
 
-_silu_mul: Function
-bind(globals(), _silu_mul=("silu_mul", POINTER, POINTER, INT64, INT64, INT, INT))
+_silu_mul = bind(__name__, "_silu_mul", "silu_mul", POINTER, POINTER, INT64, INT64, INT, INT)
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:

@@ -11,13 +11,11 @@ from penstock.kernels.native.library import (
     INT,
     INT64,
     POINTER,
-    Function,
     bind,
     threads_for,
 )
 
-_argmax: Function
-bind(globals(), _argmax=("argmax", POINTER, POINTER, POINTER, INT64, INT64, INT64, INT, INT))
+_argmax = bind(__name__, "_argmax", "argmax", *[POINTER] * 3, *[INT64] * 3, INT, INT)
 
 
 def argmax(logits: Tensor) -> tuple[Tensor, Tensor]:

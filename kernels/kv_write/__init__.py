@@ -40,9 +40,9 @@ def rotate_and_write(
 
     heads [tokens, H + 2 * kv_heads, head_dim], strided: query heads, key heads, value heads; kv_cache of
     `new_cache`, or [blocks, block_size, 2, kv_heads, head_dim], contiguous, of any floating type:
-    float8_e4m3fn takes what lies beyond +-448 as +-448. slots [tokens] int64, each at most once: a token goes to
-    kv_cache[slot // block_size, slot % block_size], and one with slot < 0 is padding, not written (its heads
-    may still change).
+    float8_e4m3fn takes what lies beyond +-448 as +-448. slots [tokens] int64, each at most once: a token goes
+    to kv_cache[slot // block_size, slot % block_size], and one with slot < 0 is padding, not written (its
+    heads may still change).
 
     norm_weight [H + kv_heads, head_dim] or None for no norm, `eps` its own. rotation (cos, sin), both
     [tokens, rotary_dim] in heads' dtype with rotary_dim even and <= head_dim, or None: x * cos +

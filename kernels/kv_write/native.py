@@ -1,8 +1,8 @@
 """Norm, rotation and cache write by the native library, into the tiles that its attention reads.
 
-A cache of tiles is [blocks, kv_heads, block_size / 16, elements of a tile]; `native/src/layout.h` says what lies
-where in a tile. A cache that it does not suit (fp8, fp16, other block sizes, odd heads) has the usual layout and
-is the torch path's.
+A cache of tiles is [blocks, kv_heads, block_size / 16, elements of a tile]; `native/src/layout.h` says what
+lies where in a tile. A cache that it does not suit (fp8, fp16, other block sizes, odd heads) has the usual
+layout and is the torch path's.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from penstock.kernels.native.library import (
     INT,
     INT64,
     POINTER,
-    Function,
     bind,
     check,
     threads_for,
@@ -28,10 +27,8 @@ TILE = 16  # tokens
 MOST_DIMS = 256
 TILED_DIMS = 4  # of a cache of tiles; the usual layout has 5
 
-_rotate_and_write: Function
-bind(
-    globals(),
-    _rotate_and_write=("rotate_and_write", *[POINTER] * 6, *[INT64] * 8, FLOAT, INT, INT),
+_rotate_and_write = bind(
+    __name__, "_rotate_and_write", "rotate_and_write", *[POINTER] * 6, *[INT64] * 8, FLOAT, INT, INT
 )
 
 

@@ -10,6 +10,7 @@ import ctypes
 import functools
 import logging
 import os
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -71,29 +72,23 @@ def reason() -> str:
     return f"torch: the native library does not load, or not with {VARIABLE}={wanted[:20]}"
 
 
-def bind(namespace: dict[str, Any], **functions: tuple[Any, ...]) -> None:
-    """Puts functions of the library into a module's namespace: its name for each -> (the function's own name,
-    types of its arguments). Raises ImportError where there is no library, and AttributeError for a name that
-    it lacks."""
+def bind(module: str, attribute: str, name: str, *types: Any) -> Function:
+    """The library's function `name`, whose arguments are of `types`, for a module that keeps it under
+    `attribute`. Raises ImportError where there is no library, and AttributeError for a name it lacks."""
     opened = library()
     if opened is None:
         raise ImportError(reason())
-    _bound.append((namespace, functions))
-    _fill(opened, namespace, functions)
+    _bound.append((module, attribute, name, types))
+    return opened.function(name, *types)
 
 
 def rebind(opened: Library) -> None:
     """Makes all modules use the functions of another instruction set: for tests and measurements."""
-    for namespace, functions in _bound:
-        _fill(opened, namespace, functions)
+    for module, attribute, name, types in _bound:
+        setattr(sys.modules[module], attribute, opened.function(name, *types))
 
 
-_bound: list[tuple[dict[str, Any], dict[str, tuple[Any, ...]]]] = []
-
-
-def _fill(opened: Library, namespace: dict[str, Any], functions: dict[str, tuple[Any, ...]]) -> None:
-    for name, (own_name, *types) in functions.items():
-        namespace[name] = opened.function(own_name, *types)
+_bound: list[tuple[str, str, str, tuple[Any, ...]]] = []
 
 
 def check(result: int) -> None:

@@ -11,17 +11,12 @@ from penstock.kernels.native.library import (
     INT,
     INT64,
     POINTER,
-    Function,
     bind,
     threads_for,
 )
 from penstock.kernels.norm import reference
 
-_norm: Function
-bind(
-    globals(),
-    _norm=("norm", POINTER, POINTER, POINTER, POINTER, POINTER, INT64, INT64, FLOAT, INT, INT, INT),
-)
+_norm = bind(__name__, "_norm", "norm", *[POINTER] * 5, INT64, INT64, FLOAT, INT, INT, INT)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

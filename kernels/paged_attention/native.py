@@ -8,19 +8,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from penstock.kernels.native.library import DTYPES, FLOAT, INT, INT64, POINTER, Function, bind, check
+from penstock.kernels.native.library import DTYPES, FLOAT, INT, INT64, POINTER, bind, check
 from penstock.kernels.paged_attention import cpu
 from penstock.kernels.paged_attention.batch import AttentionBatch
 
 _TILED_DIMS = 4
 _PREPARED = "native"
 
-_paged_attention: Function
-bind(
-    globals(),
-    _paged_attention=(
-        "paged_attention", *[POINTER] * 6, *[INT64] * 9, FLOAT, FLOAT, POINTER, INT, INT,
-    ),
+_paged_attention = bind(
+    __name__, "_paged_attention", "paged_attention",
+    *[POINTER] * 6, *[INT64] * 9, FLOAT, FLOAT, POINTER, INT, INT,
 )  # fmt: skip
 
 
