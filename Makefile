@@ -16,9 +16,13 @@ endif
 COMPOSE := PORT=$(PORT) $(COMPOSE)
 ROOMS := protos engine_service tokenizer_service frontend kernels local
 
-.PHONY: install serve test test-gpu check format protos bench bench-gpu up down logs scale clean
+.PHONY: install native serve test test-gpu check format protos bench bench-gpu up down logs scale clean
 
-install: .venv/.installed
+install: .venv/.installed native
+
+# The CPU's small ops in C; without a compiler one line says what is lost, and torch runs them.
+native: .venv/.installed
+	@$(BIN)/python -m penstock.kernels.native.build || true
 
 .venv/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Penstock needs Python 3.11 or newer; set PYTHON=")'

@@ -1,5 +1,7 @@
 """Chooses the implementation of an op by device type; names only, modules are imported on first use.
 
+Of several names for a device the first is taken that can run here.
+
 An op is a folder here. Its implementations are modules of that folder with the op's functions under the
 same names and signatures; `reference` (plain torch) always exists. Nothing here knows what an op does.
 """
@@ -12,18 +14,21 @@ from types import ModuleType
 
 REFERENCE = "reference"
 
-# op -> device type -> module. What is not listed runs the reference.
-_BY_DEVICE: dict[str, dict[str, str]] = {
-    "activation": {"cuda": "triton"},
-    "embedding": {"cuda": "triton"},
-    "inputs": {"cuda": "triton"},
-    "kv_write": {"cpu": "cpu", "cuda": "triton"},
-    "norm": {"cuda": "triton"},
-    "paged_attention": {"cpu": "cpu", "cuda": "triton"},
-    "quant": {"cpu": "cpu", "cuda": "triton"},
-    "rope": {"cpu": "cpu"},
-    "sampling": {"cuda": "triton"},
+# op -> device type -> modules, the best first. What is not listed runs the reference.
+_BY_DEVICE: dict[str, dict[str, tuple[str, ...]]] = {
+    "activation": {"cpu": ("native",), "cuda": ("triton",)},
+    "argmax": {"cpu": ("native",)},
+    "embedding": {"cuda": ("triton",)},
+    "inputs": {"cuda": ("triton",)},
+    "kv_write": {"cpu": ("native", "cpu"), "cuda": ("triton",)},
+    "norm": {"cpu": ("native",), "cuda": ("triton",)},
+    "paged_attention": {"cpu": ("native", "cpu"), "cuda": ("triton",)},
+    "quant": {"cpu": ("cpu",), "cuda": ("triton",)},
+    "rope": {"cpu": ("cpu",)},
+    "sampling": {"cuda": ("triton",)},
 }
+# Of these the absence is no fault: they need something built. Any other module must import.
+_OPTIONAL = "native"
 
 _chosen: dict[str, str] = {}
 _resolved: dict[tuple[str, str], ModuleType] = {}
@@ -33,9 +38,22 @@ def implementation(op: str, device_type: str) -> ModuleType:
     """The module that runs `op` on tensors of `device_type` ("cpu", "cuda")."""
     module = _resolved.get((op, device_type))
     if module is None:
-        name = _chosen.get(op) or _BY_DEVICE[op].get(device_type, REFERENCE)
-        module = _resolved[op, device_type] = load(op, name)
+        if op in _chosen:
+            module = load(op, _chosen[op])
+        else:
+            module = _best(op, _BY_DEVICE[op].get(device_type, ()))
+        _resolved[op, device_type] = module
     return module
+
+
+def _best(op: str, names: tuple[str, ...]) -> ModuleType:
+    for name in names:
+        try:
+            return load(op, name)
+        except ImportError:
+            if name != _OPTIONAL:
+                raise
+    return load(op, REFERENCE)
 
 
 def ops() -> list[str]:

@@ -129,7 +129,7 @@ def load(
             parts = device_parts(configure, model, own_spec, backend, dtype, kv_dtype, max_model_len)
         available, default = _kv_memory(configure, backend, parts)
         blocks = num_blocks(
-            block_bytes=block_bytes(own_spec, configure.block_size, kv_dtype),
+            block_bytes=block_bytes(own_spec, configure.block_size, kv_dtype, backend.device),
             block_size=configure.block_size,
             max_model_len=max_model_len,
             max_num_seqs=configure.max_num_seqs,

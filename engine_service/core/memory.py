@@ -7,7 +7,9 @@ from torch import Tensor
 
 from penstock.engine_service.models.config import ModelSpec
 from penstock.engine_service.models.errors import ModelError
+from penstock.kernels.kv_write import block_elements, new_cache
 
+_CPU = torch.device("cpu")
 _FP8_NAMES = ("fp8", "fp8_e4m3")
 
 
@@ -22,9 +24,10 @@ def cache_dtype(name: str, model_dtype: torch.dtype) -> torch.dtype:
     return torch.float8_e4m3fn
 
 
-def block_bytes(spec: ModelSpec, block_size: int, dtype: torch.dtype) -> int:
+def block_bytes(spec: ModelSpec, block_size: int, dtype: torch.dtype, device: torch.device = _CPU) -> int:
     """Bytes of one block over all layers; `dtype` is the cache's."""
-    return spec.num_layers * block_size * 2 * spec.num_kv_heads * spec.head_dim * dtype.itemsize
+    elements = block_elements(block_size, spec.num_kv_heads, spec.head_dim, dtype, device)
+    return spec.num_layers * elements * dtype.itemsize
 
 
 def num_blocks(
@@ -64,6 +67,6 @@ def num_blocks(
 def make_kv_caches(
     spec: ModelSpec, blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
 ) -> list[Tensor]:
-    """One cache a layer, [blocks, block_size, 2, kv_heads, head_dim]."""
-    shape = (blocks, block_size, 2, spec.num_kv_heads, spec.head_dim)
-    return [torch.zeros(shape, dtype=dtype, device=device) for _ in range(spec.num_layers)]
+    """One cache a layer, of `blocks` blocks in the layout that the device's kernels read."""
+    sizes = (blocks, block_size, spec.num_kv_heads, spec.head_dim)
+    return [new_cache(*sizes, dtype, device) for _ in range(spec.num_layers)]

@@ -26,7 +26,7 @@ class RowSampler(Protocol):
     """Chooses next tokens; an error concerns its row alone."""
 
     def sample(self, logits: Tensor, rows: SampleRows) -> SampledRows:
-        """logits [R, vocab_size] float32, which it may overwrite."""
+        """logits [R, vocab_size] in the model's dtype, which it may overwrite."""
 
     def needs_host_tokens(self, sequence: Sequence) -> bool: ...
 
@@ -86,8 +86,7 @@ class Runner:
         rows, places = sample_rows(plan, query_starts)
         if len(places) != hidden.shape[0]:
             hidden = hidden[torch.from_numpy(places).to(hidden.device)]
-        logits = self._model.logits(hidden).float()
-        accept(plan, rows, self._sampler.sample(logits, rows), result)
+        accept(plan, rows, self._sampler.sample(self._model.logits(hidden), rows), result)
 
     def _score_prompt(
         self, plan: StepPlan, row: int, hidden: Tensor, first_row: int, result: StepResult

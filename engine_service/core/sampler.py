@@ -78,7 +78,7 @@ class Sampler:
         self._workspace = torch.empty(rows, width, dtype=torch.float32, device=device)
 
     def sample(self, logits: Tensor, rows: SampleRows) -> SampledRows:
-        """One token for each of `rows` [R] from logits float32 [R, V], which stay as they are.
+        """One token for each of `rows` [R] from logits [R, V] of any floating type, which stay as they are.
 
         A row that cannot be sampled gets an error of its own. Raises ValueError if the shapes do not fit.
         """
@@ -227,7 +227,7 @@ class Sampler:
         for row in rows:
             asked = row.sequence.sampling
             if asked.logprob_token_ids:
-                own = logits[row.index : row.index + 1]
+                own = logits[row.index : row.index + 1].float()
                 token = int(result.tokens[row.index])
                 result.logprobs[row.index] = gather_logprobs(own, [token], 0, asked.logprob_token_ids)
             elif asked.logprobs is not None:
@@ -235,7 +235,7 @@ class Sampler:
         if not ranked:
             return
         indices = [index for index, _ in ranked]
-        chosen = logits if len(indices) == len(logits) else logits[indices]
+        chosen = (logits if len(indices) == len(logits) else logits[indices]).float()
         tokens = result.tokens[indices].tolist()
         gathered = gather_logprobs(chosen, tokens, max(count for _, count in ranked))
         for place, (index, count) in enumerate(ranked):

@@ -2,11 +2,30 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from penstock.kernels.dispatch import implementation
 
-__all__ = ["rotate_and_write"]
+__all__ = ["block_elements", "new_cache", "rotate_and_write"]
+
+
+def new_cache(
+    blocks: int, block_size: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """A cache of zeros in the layout that the device's implementation reads best: [blocks, block_size, 2,
+    kv_heads, head_dim], or another one with the blocks first, which only that implementation knows. Then a
+    later `choose` of another one does not reach it."""
+    module = implementation("kv_write", device.type)
+    cache: Tensor = module.new_cache(blocks, block_size, kv_heads, head_dim, dtype, device)
+    return cache
+
+
+def block_elements(
+    block_size: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
+) -> int:
+    """Elements of a block of such a cache."""
+    return new_cache(1, block_size, kv_heads, head_dim, dtype, device).numel()
 
 
 def rotate_and_write(
@@ -19,11 +38,11 @@ def rotate_and_write(
 ) -> None:
     """RMS norm and rotation of query and key heads, in place; then keys and values into the cache.
 
-    heads [tokens, H + 2 * kv_heads, head_dim], strided: query heads, key heads, value heads; kv_cache
-    [blocks, block_size, 2, kv_heads, head_dim], contiguous, of any floating type: float8_e4m3fn takes what
-    lies beyond +-448 as +-448. slots [tokens] int64, each at most once: a token goes to
-    kv_cache[slot // block_size, slot % block_size], and one with slot < 0 is padding, not written (its heads
-    may still change).
+    heads [tokens, H + 2 * kv_heads, head_dim], strided: query heads, key heads, value heads; kv_cache of
+    `new_cache`, or [blocks, block_size, 2, kv_heads, head_dim], contiguous, of any floating type:
+    float8_e4m3fn takes what lies beyond +-448 as +-448. slots [tokens] int64, each at most once: a token goes
+    to kv_cache[slot // block_size, slot % block_size], and one with slot < 0 is padding, not written (its
+    heads may still change).
 
     norm_weight [H + kv_heads, head_dim] or None for no norm, `eps` its own. rotation (cos, sin), both
     [tokens, rotary_dim] in heads' dtype with rotary_dim even and <= head_dim, or None: x * cos +

@@ -1,0 +1,12 @@
+"""Argmax in plain torch."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from penstock.kernels.sampling.reference import argmax as _argmax
+
+
+def argmax(logits: Tensor) -> tuple[Tensor, Tensor]:
+    ids, values = _argmax(logits)
+    return ids, values.float()
