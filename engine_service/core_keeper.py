@@ -81,6 +81,10 @@ class CoreKeeper:
     def pid(self) -> int | None:
         return self._core.pid if self._core else None
 
+    def adopt(self, core: CoreProcess) -> None:
+        """Before `run`: the first core runs already and was sent its configuration."""
+        self._core = core
+
     def send(self, message: ToCore) -> None:
         """Lost when there is no core."""
         if self._core is not None:
@@ -103,10 +107,9 @@ class CoreKeeper:
     async def run(self) -> None:
         """Returns after `close`. Raises ModelUnusable, or EngineLost after too many deaths."""
         while True:
-            core = self._core = await CoreProcess.spawn(self._command, *self._logging)
+            core = self._core = self._core or await self._spawn()
             if self.closing:
                 core.kill()
-            core.send(self._configure)
             heartbeat = asyncio.create_task(self._watch(core))
             reason = "cancelled"
             try:
@@ -123,6 +126,11 @@ class CoreKeeper:
             log.error("the core has died (exit code %s, %s)", code, reason)
             self._count_death()
             self._set_state(State.LOADING)
+
+    async def _spawn(self) -> CoreProcess:
+        core = await CoreProcess.spawn(self._command, *self._logging)
+        core.send(self._configure)
+        return core
 
     async def _read(self, core: CoreProcess) -> None:
         while True:

@@ -50,8 +50,10 @@ class CpuBackend:
 
 
 class _PlainLinear:
+    """With a copy of the weight, which may lie in a file's pages: what each step reads must stay in memory."""
+
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        self._weight = weight
+        self._weight = weight.clone()
         self._bias = bias
 
     def __call__(self, x: Tensor) -> Tensor:
