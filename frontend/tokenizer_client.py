@@ -136,6 +136,7 @@ class ModelTokenizer:
             left_s = until - asyncio.get_running_loop().time()
             if left_s <= 0:
                 raise ApiError("timeout", "The tokenizer did not answer in time.")
+            replica.touch()
             rpc: Callable[..., Awaitable[Any]] = getattr(replica.stub, method)
             try:
                 return await rpc(request, timeout=left_s)
