@@ -1,4 +1,5 @@
-"""What a server costs before and beside its tokens: start-up, resident memory, idle CPU, and a core lost to others.
+"""What a server costs before and beside its tokens: start-up, resident memory, idle CPU, and a core lost
+to others.
 
 Starts `penstock serve` as a user does and looks at its processes from outside (/proc; Linux only).
 
@@ -10,11 +11,9 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import json
 import multiprocessing
 import os
 import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -190,7 +189,9 @@ def _read(path: str) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--options", default="", help="further options of penstock serve, one string")
     parser.add_argument("--starts", type=int, default=3, help="how often it is started")

@@ -1,7 +1,7 @@
 """The engine service's process: server, core, metrics, and their end. Knows no command line.
 
-The core is started first: it imports torch and reads weights for longer than all else takes, so the server's own
-packages are imported beside it.
+The core is started first: it imports torch and reads weights for longer than all else takes, so the
+server's own packages are imported beside it.
 
 On a machine after the first of several there is nothing to serve, only ranks to run: see node.py.
 

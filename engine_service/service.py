@@ -31,8 +31,8 @@ class EngineService:
         on_state: Callable[[State], None] = lambda state: None,
         on_progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
-        """command: how a core is started. configure: what each is told, if it was made already. Raises OSError
-        when an address cannot be bound."""
+        """command: how a core is started. configure: what each is told, if it was made already. Raises
+        OSError when an address cannot be bound."""
         self._config = config
         self._on_state = on_state
         self._metrics_server: MetricsServer | None = None

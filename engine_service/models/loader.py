@@ -66,8 +66,8 @@ class Loader:
         return _Summed(self.backend.linear(weight, offset if self.group.rank == 0 else None), self.group)
 
     def embedding(self, name: str, vocab_size: int, size: int) -> tuple[Lookup, Tensor]:
-        """A look-up by token id, and this rank's table, [rows, size]. On a CPU the table may be the file's own
-        pages: a step reads a few rows of it, and memory need not hold the others."""
+        """A look-up by token id, and this rank's table, [rows, size]. On a CPU the table may be the file's
+        own pages: a step reads a few rows of it, and memory need not hold the others."""
         table = self.backend.place(self._vocabulary(f"{self._prefix}{name}.weight", vocab_size, size))
         if self.group.size == 1:
             return lambda ids: F.embedding(ids, table), table

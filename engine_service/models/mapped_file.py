@@ -1,7 +1,8 @@
 """One safetensors file in memory as it lies on disk: tensors are views of its pages. Knows no model.
 
-The pages are the page cache's: they are read when they are touched, shared by all who map the file, and the kernel
-may take them back. A file that is cut short while it is mapped ends whoever touches the missing part (SIGBUS).
+The pages are the page cache's: they are read when they are touched, shared by all who map the file, and the
+kernel may take them back. A file that is cut short while it is mapped ends whoever touches the missing part
+(SIGBUS).
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ class MappedFile:
             self._pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
 
     def tensor(self, entry: TensorEntry) -> Tensor:
-        """The tensor, in the file's own dtype. It keeps the mapping alive. Raises ValueError when the file has
-        become too short for it."""
+        """The tensor, in the file's own dtype. It keeps the mapping alive. Raises ValueError when the file
+        has become too short for it."""
         count = entry.num_bytes // entry.dtype.itemsize
         if not count:
             return torch.empty(entry.shape, dtype=entry.dtype)
