@@ -15,7 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 from penstock.engine_service.core.messages import (
     ABORTED,
@@ -39,7 +39,7 @@ from penstock.engine_service.core.messages import (
 )
 from penstock.engine_service.core_keeper import CoreKeeper, State
 from penstock.engine_service.core_process import COMMAND
-from penstock.engine_service.totals import Totals
+from penstock.engine_service.totals import Queue, Totals
 from penstock.protos.errors import ApiError, from_parts
 
 log = logging.getLogger("penstock.engine.client")
@@ -62,12 +62,6 @@ class Live:
     @property
     def id(self) -> int:
         return self.params.id
-
-
-class Queue(NamedTuple):
-    requests: int
-    tokens: int  # of their prompts
-    has_slot: bool  # the next request would not wait for a slot
 
 
 class Sink(Protocol):
@@ -127,6 +121,7 @@ class EngineClient:
             on_message=self._take,
             on_state=self._state_changed,
             on_tick=self._tick,
+            is_idle=lambda: not self._live,
         )
 
     @property
@@ -159,6 +154,7 @@ class EngineClient:
         self._live[live.id] = live
         self._by_request_id.setdefault(live.request_id, set()).add(live)
         self._idle.clear()
+        self.keeper.stir()
         if self.state is State.READY:
             self._send(live)
 

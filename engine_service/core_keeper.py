@@ -7,6 +7,7 @@ answers pings. Loading may be silent for as long as it takes.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import enum
 import logging
 import time
@@ -27,6 +28,8 @@ from penstock.engine_service.core_process import COMMAND, CoreGone, CoreProcess
 log = logging.getLogger("penstock.engine.keeper")
 
 PING_INTERVAL_S = 0.5
+# Without live requests nothing is late but the answer to a ping, which has silence_seconds.
+IDLE_PING_INTERVAL_S = 10.0
 MAX_RESTARTS = 3
 RESTART_WINDOW_S = 60.0
 _SHUTDOWN_PATIENCE_S = 2.0
@@ -48,7 +51,7 @@ class EngineLost(Exception):
 
 class CoreKeeper:
     """on_message gets everything the core says, on_state each change of state, on_tick a call every
-    half-second; all on the event loop."""
+    half-second while is_idle() says no, rarely otherwise; all on the event loop."""
 
     def __init__(
         self,
@@ -61,6 +64,7 @@ class CoreKeeper:
         on_message: Callable[[FromCore], None],
         on_state: Callable[[State], None],
         on_tick: Callable[[], None],
+        is_idle: Callable[[], bool] = lambda: False,
     ) -> None:
         self._configure = configure
         self._silence_seconds = silence_seconds
@@ -69,6 +73,8 @@ class CoreKeeper:
         self._on_message = on_message
         self._on_state = on_state
         self._on_tick = on_tick
+        self._is_idle = is_idle
+        self._stirred = asyncio.Event()
         self._core: CoreProcess | None = None
         self._deaths: deque[float] = deque()
         self._serial = 0
@@ -81,10 +87,18 @@ class CoreKeeper:
     def pid(self) -> int | None:
         return self._core.pid if self._core else None
 
+    def adopt(self, core: CoreProcess) -> None:
+        """Before `run`: the first core runs already and was sent its configuration."""
+        self._core = core
+
     def send(self, message: ToCore) -> None:
         """Lost when there is no core."""
         if self._core is not None:
             self._core.send(message)
+
+    def stir(self) -> None:
+        """Work has come: ends a long turn of the watch."""
+        self._stirred.set()
 
     def next_serial(self) -> int:
         self._serial += 1
@@ -103,10 +117,9 @@ class CoreKeeper:
     async def run(self) -> None:
         """Returns after `close`. Raises ModelUnusable, or EngineLost after too many deaths."""
         while True:
-            core = self._core = await CoreProcess.spawn(self._command, *self._logging)
+            core = self._core = self._core or await self._spawn()
             if self.closing:
                 core.kill()
-            core.send(self._configure)
             heartbeat = asyncio.create_task(self._watch(core))
             reason = "cancelled"
             try:
@@ -124,6 +137,11 @@ class CoreKeeper:
             self._count_death()
             self._set_state(State.LOADING)
 
+    async def _spawn(self) -> CoreProcess:
+        core = await CoreProcess.spawn(self._command, *self._logging)
+        core.send(self._configure)
+        return core
+
     async def _read(self, core: CoreProcess) -> None:
         while True:
             message = await core.receive()
@@ -137,10 +155,9 @@ class CoreKeeper:
     async def _watch(self, core: CoreProcess) -> None:
         """Silence is counted in turns of this loop, so that a pause of our own process is not taken for one
         of the core's. One ping at a time is under way."""
-        interval = min(PING_INTERVAL_S, self._silence_seconds / 4)
         silent_s = 0.0
         while True:
-            await asyncio.sleep(interval)
+            turn_s = await self._turn()
             try:
                 self._on_tick()
             except Exception:
@@ -152,11 +169,25 @@ class CoreKeeper:
                 silent_s = 0.0
                 core.send(Ping(self.next_serial()))
                 continue
-            silent_s += interval
+            silent_s += turn_s
             if silent_s >= self._silence_seconds:
                 log.error("the core has been silent for %.1f s", silent_s)
                 core.kill()
                 return
+
+    async def _turn(self) -> float:
+        """Waits until it is time for another look; the seconds that count as silence."""
+        longest_s = self._silence_seconds / 4
+        if self._is_idle():
+            idle_s = min(IDLE_PING_INTERVAL_S, longest_s)
+            self._stirred.clear()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._stirred.wait(), idle_s)
+                return 0.0
+            return idle_s
+        turn_s = min(PING_INTERVAL_S, longest_s)
+        await asyncio.sleep(turn_s)
+        return turn_s
 
     def _count_death(self) -> None:
         now = time.monotonic()

@@ -19,6 +19,9 @@ HUGE_PAGES = "glibc.malloc.hugetlb=1"
 # that: with anything else on the cores, as the other services are, a step waits for threads that spin for
 # each other (measured on two busy cores: 14 times the time per token).
 SPIN_COUNT = "1000"
+# Cores of the compute threads, as "0,1,2": the supervisor's word, which the core follows (its server runs on
+# others). Not set: wherever this process may run.
+COMPUTE_CORES = "PENSTOCK_COMPUTE_CORES"
 # A killed child is gone at once; one that hangs in the kernel must not hang the server too.
 _REAP_TIMEOUT_S = 10.0
 
@@ -32,6 +35,11 @@ def core_environment(environ: Mapping[str, str]) -> dict[str, str]:
     if "OMP_WAIT_POLICY" not in own:
         own.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
     return own
+
+
+def _cores_option(environ: Mapping[str, str]) -> list[str]:
+    cores = environ.get(COMPUTE_CORES, "")
+    return [f"--cores={cores}"] if cores else []
 
 
 class CoreGone(Exception):
@@ -62,6 +70,7 @@ class CoreProcess:
                 f"--parent={os.getpid()}",
                 f"--log-level={log_level}",
                 f"--log-format={log_format}",
+                *_cores_option(os.environ),
                 stdin=asyncio.subprocess.DEVNULL,
                 env=core_environment(os.environ),
                 pass_fds=[theirs.fileno()],

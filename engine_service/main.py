@@ -1,5 +1,8 @@
 """The engine service's process: server, core, metrics, and their end. Knows no command line.
 
+The core is started first: it imports torch and reads weights for longer than all else takes, so the
+server's own packages are imported beside it.
+
 On a machine after the first of several there is nothing to serve, only ranks to run: see node.py.
 
 Exit codes: 0 asked to stop, 1 runtime, 3 the model cannot be loaded, 4 the core was lost for good.
@@ -11,13 +14,15 @@ import asyncio
 import contextlib
 import logging
 import time
+from typing import TYPE_CHECKING
 
 from penstock.engine_service.config import EngineConfig
 from penstock.engine_service.core_keeper import EngineLost, ModelUnusable, State
-from penstock.engine_service.node import run_ranks
-from penstock.engine_service.service import EngineService
+from penstock.engine_service.core_process import COMMAND, CoreProcess
 from penstock.protos import log as logs
-from penstock.protos.serving import on_shutdown_signal
+
+if TYPE_CHECKING:
+    from penstock.engine_service.service import EngineService
 
 log = logging.getLogger("penstock.engine")
 
@@ -31,15 +36,43 @@ def run(config: EngineConfig) -> int:
     """Serves until SIGTERM, SIGINT, or the end of the engine; the exit code."""
     logs.setup("engine", config.log_level, config.log_format)
     try:
-        return asyncio.run(run_ranks(config) if config.node_rank else _serve(config))
+        return asyncio.run(_compute(config) if config.node_rank else _start(config))
     except OSError as error:
         log.error("%s", error)
         return EXIT_RUNTIME
 
 
-async def _serve(config: EngineConfig) -> int:
-    progress = _Progress(config.model_id)
-    service = EngineService(config, on_state=progress.state_changed, on_progress=progress.report)
+async def _compute(config: EngineConfig) -> int:
+    from penstock.engine_service.node import run_ranks
+
+    return await run_ranks(config)
+
+
+async def _start(config: EngineConfig) -> int:
+    core = await CoreProcess.spawn(COMMAND, config.log_level, config.log_format)
+    try:
+        configure = config.configure()
+        core.send(configure)
+        # Late, and on purpose: the core is on its way meanwhile.
+        from penstock.engine_service.service import EngineService
+
+        progress = _Progress(config.model_id)
+        service = EngineService(
+            config,
+            command=COMMAND,
+            configure=configure,
+            on_state=progress.state_changed,
+            on_progress=progress.report,
+        )
+        service.client.keeper.adopt(core)
+        return await _serve(config, service)
+    finally:
+        await core.end()
+
+
+async def _serve(config: EngineConfig, service: EngineService) -> int:
+    from penstock.protos.serving import on_shutdown_signal
+
     stop = asyncio.Event()
     on_shutdown_signal(stop.set)
     await service.start()

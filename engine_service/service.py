@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from penstock.engine_service.admission import Admission
 from penstock.engine_service.client import EngineClient
 from penstock.engine_service.config import EngineConfig
+from penstock.engine_service.core.messages import Configure
 from penstock.engine_service.core_keeper import State
 from penstock.engine_service.core_process import COMMAND
 from penstock.engine_service.drain import Drain
@@ -26,17 +27,19 @@ class EngineService:
         config: EngineConfig,
         *,
         command: Sequence[str] = COMMAND,
+        configure: Configure | None = None,
         on_state: Callable[[State], None] = lambda state: None,
         on_progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
-        """command: how the core is started. Raises OSError when an address cannot be bound."""
+        """command: how a core is started. configure: what each is told, if it was made already. Raises
+        OSError when an address cannot be bound."""
         self._config = config
         self._on_state = on_state
         self._metrics_server: MetricsServer | None = None
         self._health: asyncio.Task[None] | None = None
         self.metrics = EngineMetrics(config.model_id)
         self.client = EngineClient(
-            config.configure(),
+            configure or config.configure(),
             silence_seconds=config.silence_seconds,
             log_level=config.log_level,
             log_format=config.log_format,

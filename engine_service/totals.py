@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from dataclasses import replace
+from typing import NamedTuple
 
 from penstock.engine_service.core.messages import Load
 
@@ -17,6 +18,14 @@ _SUMMED = (
     "drafted_tokens",
     "accepted_draft_tokens",
 )
+
+
+class Queue(NamedTuple):
+    """What waits now."""
+
+    requests: int
+    tokens: int  # of their prompts
+    has_slot: bool  # the next request would not wait for a slot
 
 
 class Rate:

@@ -1,12 +1,13 @@
 """A replica as seen from here: channel, health and how it is followed. Base of engines and tokenizers.
 
 Health comes by a Watch stream (a change is known at once) and by probes (a replica that is stopped, not dead,
-keeps its streams open and says nothing).
+keeps its streams open and says nothing). Probes follow use: at once after a pause, then every two seconds.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import random
 from collections.abc import Callable
@@ -22,6 +23,8 @@ log = logging.getLogger("penstock.frontend.connection")
 CALL_TIMEOUT_S = 10.0
 _PROBE_INTERVAL_S = 2.0
 _PROBE_TIMEOUT_S = 3.0
+# While nobody asks for anything. One that answers nothing is known 30 s later even so, by keepalive pings.
+_IDLE_PROBE_INTERVAL_S = 30.0
 _FIRST_BACKOFF_S = 0.2
 _MAX_BACKOFF_S = 3.0
 _SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -60,6 +63,7 @@ class Connection:
         self._service = service
         self._on_change = on_change
         self._responsive = True
+        self._touched = asyncio.Event()
         self._channel = grpc.aio.insecure_channel(address, options=CLIENT_OPTIONS)
         self._health = health_pb2_grpc.HealthStub(self._channel)
         self._tasks: list[asyncio.Task[None]] = []
@@ -79,6 +83,15 @@ class Connection:
     def serving(self) -> bool:
         """Healthy by its own word, and answering."""
         return self.state is State.SERVING and self._responsive
+
+    def touch(self) -> None:
+        """Somebody relies on what is known of this replica: makes sure soon that it still answers."""
+        self._touched.set()
+
+    @property
+    def busy(self) -> bool:
+        """Whether something is under way there, so that it must go on answering."""
+        return False
 
     async def _on_serving(self) -> None:
         raise NotImplementedError
@@ -118,7 +131,7 @@ class Connection:
     async def _probe(self) -> None:
         request = health_pb2.HealthCheckRequest(service=self._service)
         while True:
-            await asyncio.sleep(_PROBE_INTERVAL_S)
+            await self._until_due()
             if self.state is State.UNREACHABLE:
                 continue
             try:
@@ -130,6 +143,13 @@ class Connection:
                 self._responsive = responsive
                 log.warning("%s %s", self.address, "answers again" if responsive else "does not answer")
                 self._on_change()
+
+    async def _until_due(self) -> None:
+        self._touched.clear()
+        await asyncio.sleep(_PROBE_INTERVAL_S)
+        if self._responsive and not self.busy:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._touched.wait(), _IDLE_PROBE_INTERVAL_S)
 
     def _set(self, state: State) -> None:
         if state is State.UNREACHABLE:

@@ -44,6 +44,7 @@ class Context:
     draining: bool = False
     answers: set[Answer] = field(default_factory=set)
     streams: set[SseStream] = field(default_factory=set)
+    has_streams: asyncio.Event = field(default_factory=asyncio.Event)
 
     def refuse_while_draining(self) -> None:
         if self.draining:
@@ -54,9 +55,17 @@ class Context:
         for answer in list(self.answers):
             answer.cut(shutting_down())
 
+    def follow(self, stream: SseStream) -> None:
+        """Has the stream kept alive, until it is discarded from `streams`."""
+        self.streams.add(stream)
+        self.has_streams.set()
+
     async def keep_streams_alive(self, seconds: float) -> None:
         """One ticker for all streams: a comment after `seconds` of silence. Runs until cancelled."""
         while True:
+            if not self.streams:  # an idle frontend sleeps
+                self.has_streams.clear()
+                await self.has_streams.wait()
             await asyncio.sleep(seconds / QUIET_TICKS)
             for stream in list(self.streams):
                 try:

@@ -42,6 +42,7 @@ class EngineConnection(Connection):
         self._connected = False
         self._last_event = 0.0
         self._quiet_steps: int | None = None  # the engine's step counter while it is quiet
+        self._has_live = asyncio.Event()
         self._loop = asyncio.get_running_loop()
 
     def open(self) -> None:
@@ -63,6 +64,10 @@ class EngineConnection(Connection):
         return self.load_state == engine_pb2.SERVING_STATE_DRAINING
 
     @property
+    def busy(self) -> bool:
+        return bool(self._dispatcher.live)
+
+    @property
     def num_live(self) -> int:
         """Requests of this frontend there now."""
         return len(self._dispatcher.live)
@@ -80,6 +85,8 @@ class EngineConnection(Connection):
         if not live:
             self._last_event = self._loop.time()
         live[slot] = receiver
+        self.touch()
+        self._has_live.set()
         self._outbox.start(engine_pb2.SlotStart(slot=slot, request=request, timeout_us=timeout_us))
         return slot
 
@@ -163,6 +170,9 @@ class EngineConnection(Connection):
     async def _watch_silence(self, call: grpc.aio.StreamStreamCall) -> None:
         interval_s = min(1.0, self._silence_seconds / 8)
         while True:
+            if not self.num_live:
+                self._has_live.clear()
+                await self._has_live.wait()
             await asyncio.sleep(interval_s)
             if not self.num_live or self._silent_for() < self._silence_seconds / 2:
                 self._quiet_steps = None

@@ -32,6 +32,27 @@ _TCP_OPTIONS = (
 )
 
 
+class _State(ServerState):
+    """With a date header that is made when an answer needs it: no clock ticks in an idle server."""
+
+    def __init__(self) -> None:
+        self._second = 0
+        self._date: list[tuple[bytes, bytes]] = []
+        super().__init__()
+
+    @property
+    def default_headers(self) -> list[tuple[bytes, bytes]]:  # type: ignore[override]
+        second = int(time.time())
+        if second != self._second:
+            self._second = second
+            self._date = [(b"date", formatdate(second, usegmt=True).encode())]
+        return self._date
+
+    @default_headers.setter
+    def default_headers(self, headers: list[tuple[bytes, bytes]]) -> None:
+        """uvicorn's constructor sets an empty one."""
+
+
 class HttpServer:
     """Serves an ASGI application with uvicorn's protocol on any number of addresses."""
 
@@ -50,16 +71,14 @@ class HttpServer:
             timeout_keep_alive=keep_alive_seconds,  # type: ignore[arg-type]
         )
         self._config.load()
-        self._state = ServerState()
+        self._state = _State()
         self._servers: list[asyncio.base_events.Server] = []
         self._unix_paths: list[str] = []
-        self._clock: asyncio.Task[None] | None = None
 
     async def start(self, addresses: tuple[str, ...]) -> list[str]:
         """addresses: "unix:/path" or "host:port". Returns the URLs served. Raises OSError when one cannot be
         bound, ValueError when one is malformed."""
         loop = asyncio.get_running_loop()
-        self._clock = asyncio.create_task(self._keep_date())
         urls = []
         for address in addresses:
             for listener in _listeners(address):
@@ -87,8 +106,6 @@ class HttpServer:
                 await self._idle(0.5)
         for connection in list(self._state.connections):
             connection.transport.abort()
-        if self._clock is not None:
-            self._clock.cancel()
         for path in self._unix_paths:
             with contextlib.suppress(OSError):
                 os.unlink(path)
@@ -107,11 +124,6 @@ class HttpServer:
         return LimitedProtocol(
             config=self._config, server_state=self._state, app_state={}, limits=self._limits
         )
-
-    async def _keep_date(self) -> None:
-        while True:
-            self._state.default_headers = [(b"date", formatdate(usegmt=True).encode())]
-            await asyncio.sleep(1.0)
 
 
 def _listeners(address: str) -> list[socket.socket]:

@@ -112,7 +112,10 @@ class Services:
         return sum(engine.num_live for engine in self._engines.values())
 
     def unready(self) -> ApiError | None:
-        """Why no request can be served now; None when at least one model can."""
+        """Why no request can be served now; None when at least one model can. Asking has the replicas
+        probed: the next answer knows of those that have stopped."""
+        for connection in (*self._engines.values(), *self._tokenizers.values()):
+            connection.touch()
         if self._draining or self._stopping:
             return ApiError("shutting_down", "The server is shutting down.")
         reasons = [self._unready_model(model) for model in self._distinct_models()]

@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 log = logging.getLogger("penstock.frontend.targets")
 
 _LOOKUP_TIMEOUT_S = 5.0
+# Targets that stand for themselves.
+_LITERAL = ("unix:", "unix-abstract:", "ipv4:", "ipv6:")
 
 
 async def resolve(target: str) -> list[str]:
@@ -21,7 +23,7 @@ async def resolve(target: str) -> list[str]:
     so that replicas behind one name become several addresses. Raises OSError when the lookup fails,
     ValueError when the target has no port.
     """
-    if target.startswith(("unix:", "unix-abstract:", "ipv4:", "ipv6:")):
+    if target.startswith(_LITERAL):
         return [target]
     host, port = split_target(target)
     loop = asyncio.get_running_loop()
@@ -68,10 +70,11 @@ class AddressBook:
         self._failing: set[str] = set()
 
     async def run(self) -> None:
-        """Looks names up for ever, at once and then every interval."""
-        while True:
-            await self.refresh()
+        """Looks names up for ever, at once and then every interval; once if none of the targets is a name."""
+        await self.refresh()
+        while not all(target.startswith(_LITERAL) for target in self._targets):
             await asyncio.sleep(self._interval_s)
+            await self.refresh()
 
     async def refresh(self) -> None:
         before = self._addresses()

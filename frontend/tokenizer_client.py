@@ -16,7 +16,7 @@ import grpc
 
 from penstock.frontend.connection import CALL_TIMEOUT_S, Connection
 from penstock.frontend.text.vocabulary import Vocabulary
-from penstock.protos import tokenizer_pb2, tokenizer_pb2_grpc
+from penstock.protos import memory, tokenizer_pb2, tokenizer_pb2_grpc
 from penstock.protos.errors import ApiError, from_rpc
 
 log = logging.getLogger("penstock.frontend.tokenizer_client")
@@ -66,7 +66,9 @@ async def _download(stub: tokenizer_pb2_grpc.TokenizerStub, model: str) -> bytes
 def _read(data: bytes, info: tokenizer_pb2.TokenizerInfo) -> Vocabulary:
     if hashlib.sha256(data).hexdigest() != info.fingerprint:
         raise ValueError("the tokenizer's data does not have the fingerprint announced")
-    return Vocabulary.from_buffer(data, info.fingerprint, info.all_special_ids)
+    vocabulary = Vocabulary.from_buffer(data, info.fingerprint, info.all_special_ids)
+    memory.give_back()
+    return vocabulary
 
 
 class TokenizerConnection(Connection):
@@ -136,6 +138,7 @@ class ModelTokenizer:
             left_s = until - asyncio.get_running_loop().time()
             if left_s <= 0:
                 raise ApiError("timeout", "The tokenizer did not answer in time.")
+            replica.touch()
             rpc: Callable[..., Awaitable[Any]] = getattr(replica.stub, method)
             try:
                 return await rpc(request, timeout=left_s)

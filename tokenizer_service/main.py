@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from prometheus_client import start_http_server
 
 from penstock.protos import log as service_log
-from penstock.protos import tokenizer_pb2, tokenizer_pb2_grpc
+from penstock.protos import memory, tokenizer_pb2, tokenizer_pb2_grpc
 from penstock.protos.errors import ApiError
 from penstock.protos.serving import GrpcService, on_shutdown_signal
 from penstock.protos.settings import ConfigError
@@ -46,7 +46,9 @@ def run(config: TokenizerConfig) -> int:
     # The lanes are the parallelism; a pool of the library's own threads would compete with them.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        asyncio.run(_serve(config, assemble(config)))
+        parts = assemble(config)
+        memory.give_back()
+        asyncio.run(_serve(config, parts))
     except tokenizer_files.ModelFilesError as error:
         return _fail(str(error), EXIT_MODEL_FILES)
     except ConfigError as error:

@@ -165,11 +165,15 @@ def _serve(words: list[str]) -> int:
 
 def _service(service: str) -> Callable[[list[str]], int]:
     def run(words: list[str]) -> int:
-        from penstock.local import lifeline, options
+        from penstock.local import lifeline
 
-        lifeline.hold()
+        supervised = lifeline.hold()
+        from penstock.local import cores, options
+
+        cores.stay()
         given = _parse_service(service, words)
-        _warn_unknown_environment(given)
+        if not supervised:  # the supervisor has warned, and gives its children no variables of ours
+            _warn_unknown_environment(given)
         loaded = options.load_service(service, given)
         room = service if service == "frontend" else f"{service}_service"
         return int(importlib.import_module(f"penstock.{room}.main").run(loaded.config))

@@ -50,6 +50,10 @@ class ServeConfig(Config):
         json_schema_extra={"env": ["MODEL_NAME"]},
     )
     task: Literal["auto", "generate", "embedding"] = Field("auto", description="what the model is served for")
+    affinity: Literal["auto", "off"] = Field(
+        "auto",
+        description="auto: on four cores and more, compute threads and services have cores of their own",
+    )
 
 
 class ModelConfig(Config):

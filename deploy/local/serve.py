@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from penstock.local import model_source, readiness
+from penstock.local import cores, model_source, readiness
 from penstock.local.child import Child, ChildSpec
 from penstock.local.options import ModelPlan, ServePlan, known_variables
 from penstock.local.relay import Relay
@@ -100,6 +100,11 @@ def free_port(host: str, port: int) -> int:
 def child_specs(plan: ServePlan, folder: Path, port: int, environ: Mapping[str, str]) -> list[ChildSpec]:
     """How each process is started. folder: where the services' sockets are made."""
     environment = child_environment(environ)
+    division = None
+    if plan.serve.config.affinity == "auto":
+        division = cores.division_for([model.engine.config for model in plan.models])
+    if division is not None:
+        environment |= cores.environment(division)
     specs = []
     targets: dict[str, list[str]] = {"engine": [], "tokenizer": []}
     metrics: list[str] = []
@@ -110,6 +115,8 @@ def child_specs(plan: ServePlan, folder: Path, port: int, environ: Mapping[str, 
             values: dict[str, Any] = {"listen": (target,)}
             if service == "engine":
                 values["metrics_port"] = free_port("127.0.0.1", 0)
+                if division is not None and not model.engine.config.threads:
+                    values["threads"] = len(division.compute)
                 metrics.append(f"127.0.0.1:{values['metrics_port']}")
             specs.append(_backend_spec(service, model, values, environment))
     values = {key: tuple(found) for key, found in targets.items()}

@@ -16,7 +16,8 @@ class Backend(Protocol):
     threads: int  # of compute, on the host
 
     def linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
-        """Prepares weight [rows, columns] and bias [rows]. Drop the original: a copy may be kept."""
+        """Prepares weight [rows, columns] and bias [rows]. Keeps a copy of the weight, if anything: the
+        original may be a view of a file's pages. The bias is its own to keep."""
 
     def head(self, weight: Tensor) -> Linear:
         """As `linear`, for the projection to the vocabulary, [vocab_size, columns]: a backend that stores

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from penstock.engine_service.backends.base import Linear
+from penstock.engine_service.machine import available_memory, cgroup_cores, usable_cores
 
 _GIB = 1 << 30
 _MAX_DEFAULT_CACHE = 4 * _GIB
@@ -19,7 +19,7 @@ _PACKED_FOR_ROWS = 32  # a hint of the layout; measured: no loss at other row co
 
 
 class CpuBackend:
-    """`threads` 0: one per core this process may use, less one for the server if there are over two.
+    """`threads` 0: one per core this process may use, less one for the services if there are over two.
     They are divided among `ranks` processes."""
 
     def __init__(self, threads: int = 0, ranks: int = 1) -> None:
@@ -50,8 +50,11 @@ class CpuBackend:
 
 
 class _PlainLinear:
+    """With a copy of the weight, which may lie in a file's pages: what each step reads must stay in
+    memory."""
+
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        self._weight = weight
+        self._weight = weight.clone()
         self._bias = bias
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -85,32 +88,8 @@ def _packable_dtypes() -> set[torch.dtype]:
 def _default_threads() -> int:
     if os.environ.get("OMP_NUM_THREADS"):
         return torch.get_num_threads()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota = _cgroup_cores()
+    cores = len(usable_cores())
+    quota = cgroup_cores()
     if quota is not None:
         cores = min(cores, max(1, int(quota)))
     return cores if cores <= 2 else cores - 1
-
-
-def available_memory() -> int:
-    """Bytes free on the machine, or left within the container's limit if that is less."""
-    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-    for line in _read("/proc/meminfo").splitlines():
-        if line.startswith("MemAvailable:"):
-            free = int(line.split()[1]) * 1024
-    limit, used = _read("/sys/fs/cgroup/memory.max"), _read("/sys/fs/cgroup/memory.current")
-    if limit.isdigit() and used.isdigit():
-        free = min(free, max(0, int(limit) - int(used)))
-    return free
-
-
-def _cgroup_cores() -> float | None:
-    quota, _, period = _read("/sys/fs/cgroup/cpu.max").partition(" ")
-    return int(quota) / int(period) if quota.isdigit() and period.isdigit() else None
-
-
-def _read(path: str) -> str:
-    try:
-        return Path(path).read_text().strip()
-    except OSError:
-        return ""

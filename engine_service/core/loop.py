@@ -17,8 +17,8 @@ from penstock.engine_service.core.speculation import make_drafter
 
 log = logging.getLogger("penstock.engine.loop")
 
-# An idle loop looks at deadlines at least this often.
-_IDLE_WAIT_S = 1.0
+# Nothing is due in an idle loop: messages wake it, and deadlines are waited for.
+_IDLE_WAIT_S = 60.0
 
 
 class EngineLoop:

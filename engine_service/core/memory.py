@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
+import mmap
+import os
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
 from penstock.engine_service.models.config import ModelSpec
 from penstock.engine_service.models.errors import ModelError
-from penstock.kernels.kv_write import block_elements, new_cache
+from penstock.kernels.kv_write import cache_shape
 
 _CPU = torch.device("cpu")
 _FP8_NAMES = ("fp8", "fp8_e4m3")
@@ -26,8 +32,8 @@ def cache_dtype(name: str, model_dtype: torch.dtype) -> torch.dtype:
 
 def block_bytes(spec: ModelSpec, block_size: int, dtype: torch.dtype, device: torch.device = _CPU) -> int:
     """Bytes of one block over all layers; `dtype` is the cache's."""
-    elements = block_elements(block_size, spec.num_kv_heads, spec.head_dim, dtype, device)
-    return spec.num_layers * elements * dtype.itemsize
+    shape = cache_shape(1, block_size, spec.num_kv_heads, spec.head_dim, dtype, device)
+    return spec.num_layers * math.prod(shape) * dtype.itemsize
 
 
 def num_blocks(
@@ -67,6 +73,30 @@ def num_blocks(
 def make_kv_caches(
     spec: ModelSpec, blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
 ) -> list[Tensor]:
-    """One cache a layer, of `blocks` blocks in the layout that the device's kernels read."""
-    sizes = (blocks, block_size, spec.num_kv_heads, spec.head_dim)
-    return [new_cache(*sizes, dtype, device) for _ in range(spec.num_layers)]
+    """One cache a layer, of `blocks` blocks in the layout that the device's kernels read, all zeros."""
+    shape = cache_shape(blocks, block_size, spec.num_kv_heads, spec.head_dim, dtype, device)
+    if device.type == "cpu":
+        return [untouched_zeros(shape, dtype) for _ in range(spec.num_layers)]
+    return [torch.zeros(shape, dtype=dtype, device=device) for _ in range(spec.num_layers)]
+
+
+def untouched_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A tensor of zeros on the CPU whose pages the kernel gives when they are first written.
+
+    Writing the zeros took most of a start (4 GiB: seconds), and a cache that is never full never needs all of
+    its memory. Page-aligned; in huge pages where malloc has them too (`huge_pages_wanted`)."""
+    size = math.prod(shape) * dtype.itemsize
+    if not size or not hasattr(mmap, "MAP_PRIVATE"):
+        return torch.zeros(shape, dtype=dtype)
+    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE") and huge_pages_wanted(os.environ):
+        # A kernel without them says so; it works all the same.
+        with contextlib.suppress(OSError):
+            pages.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(pages, dtype=torch.uint8).view(dtype).view(shape)
+
+
+def huge_pages_wanted(environ: Mapping[str, str]) -> bool:
+    """Whether malloc was told to use huge pages, as the server tells it for a core (see core_process): one
+    switch for weights and cache."""
+    return "glibc.malloc.hugetlb=1" in environ.get("GLIBC_TUNABLES", "")

@@ -29,6 +29,8 @@ from penstock.engine_service.core.child import (
     log_to_stderr,
 )
 from penstock.engine_service.core.faults import EngineFatal
+from penstock.engine_service.core.head_start import head_start
+from penstock.engine_service.core.heap import Heap
 from penstock.engine_service.core.inbox import Inbox, Outbox
 from penstock.engine_service.core.loop import EngineLoop
 from penstock.engine_service.core.messages import Configure, LoadFailed, Progress, Ready
@@ -51,6 +53,7 @@ class Built(Protocol):
 
 
 Build = Callable[[Configure, Callable[[int, int], None]], Built]
+_Loaded = tuple[Build, tuple[type[Exception], ...]]
 
 
 def main(
@@ -63,13 +66,16 @@ def main(
     options = _parse(arguments)
     log_to_stderr(options.log_level, options.log_format)
     follow_parent(options.parent)
+    if options.cores:
+        # Before any thread is made: they all inherit it, and the backend counts these cores.
+        os.sched_setaffinity(0, {int(core) for core in options.cores.split(",")})
     # The terminal's Ctrl-C and a TERM to the whole group reach the parent too, which drains first.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1, all_threads=True)
-    if build is None:
-        build, model_errors = _real_build()
+    # What is made until the model is loaded lives on: a collector that walks it finds nothing.
+    gc.disable()
     # Late, because only a process of its own needs the codec's package.
     from penstock.engine_service.core.sockets import SocketReader, SocketWriter
 
@@ -84,7 +90,8 @@ def main(
     )
     reader.start()
     try:
-        code = _serve(inbox, SocketWriter(connection), build, model_errors)
+        load = _real_build if build is None else lambda: (build, model_errors)
+        code = _serve(inbox, SocketWriter(connection), load)
     except ConnectionError:
         code = EXIT_OK  # the parent is gone
     finally:
@@ -92,10 +99,13 @@ def main(
     return EXIT_RUNTIME if reader.error is not None else code
 
 
-def _serve(inbox: Inbox, outbox: Outbox, build: Build, model_errors: tuple[type[Exception], ...]) -> int:
+def _serve(inbox: Inbox, outbox: Outbox, load: Callable[[], _Loaded]) -> int:
     configure = _first_message(inbox)
     if configure is None:
         return EXIT_OK
+    memory = Heap()
+    with head_start(configure, memory):
+        build, model_errors = load()
     try:
         built = build(configure, lambda done, total: outbox.send(Progress(done, total)))
     except model_errors as error:
@@ -106,6 +116,8 @@ def _serve(inbox: Inbox, outbox: Outbox, build: Build, model_errors: tuple[type[
     # What is alive now lives for ever: keep the collector from walking it again and again.
     gc.collect()
     gc.freeze()
+    gc.enable()
+    memory.settle()
     outbox.send(dataclasses.replace(ready, max_model_len=loop.scheduler.max_model_len))
     try:
         loop.run()
@@ -135,7 +147,7 @@ def _end_soon(loop_done: threading.Event, grace_s: float) -> None:
         os._exit(EXIT_RUNTIME)
 
 
-def _real_build() -> tuple[Build, tuple[type[Exception], ...]]:
+def _real_build() -> _Loaded:
     """Late, because it imports torch."""
     from penstock.engine_service.core.build import build
     from penstock.engine_service.models.errors import ModelError
@@ -147,6 +159,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="penstock-core")
     parser.add_argument("--fd", type=int, required=True, help="the inherited socket")
     parser.add_argument("--parent", type=int, default=0, help="process id of the parent")
+    parser.add_argument("--cores", default="", help="cores of the compute threads, such as 0,1,2")
     parser.add_argument("--log-level", default="info")
     parser.add_argument("--log-format", default="text", choices=["text", "json"])
     return parser.parse_args(arguments)

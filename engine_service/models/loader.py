@@ -66,7 +66,8 @@ class Loader:
         return _Summed(self.backend.linear(weight, offset if self.group.rank == 0 else None), self.group)
 
     def embedding(self, name: str, vocab_size: int, size: int) -> tuple[Lookup, Tensor]:
-        """A look-up by token id, and this rank's table, [rows, size]."""
+        """A look-up by token id, and this rank's table, [rows, size]. On a CPU the table may be the file's
+        own pages: a step reads a few rows of it, and memory need not hold the others."""
         table = self.backend.place(self._vocabulary(f"{self._prefix}{name}.weight", vocab_size, size))
         if self.group.size == 1:
             return lambda ids: F.embedding(ids, table), table
@@ -87,7 +88,11 @@ class Loader:
     ) -> Linear:
         named = [(f"{self._prefix}{name}", count) for name, count in zip(names, rows, strict=True)]
         weights = self.weights
-        weight = weights.stack([(f"{name}.weight", (count, columns)) for name, count in named], cuts)
+        parts = [(f"{name}.weight", (count, columns)) for name, count in named]
+        if len(parts) == 1:
+            weight = weights.view(*parts[0], cuts[0] if cuts else None)
+        else:
+            weight = weights.stack(parts, cuts)
         offset = weights.stack([(f"{name}.bias", (count,)) for name, count in named], cuts) if bias else None
         return self.backend.linear(weight, offset)
 
@@ -97,9 +102,9 @@ class Loader:
 
     def _vocabulary(self, name: str, vocab_size: int, columns: int) -> Tensor:
         if self.group.size == 1:
-            return self.weights.take(name, (vocab_size, columns))
+            return self.weights.view(name, (vocab_size, columns))
         first, end, rows = vocabulary_of(vocab_size, self.group)
-        table = self.weights.take(name, (vocab_size, columns), Cut(0, first, end, vocab_size))
+        table = self.weights.view(name, (vocab_size, columns), Cut(0, first, end, vocab_size))
         return table if len(table) == rows else F.pad(table, (0, 0, 0, rows - len(table)))
 
 

@@ -19,31 +19,44 @@ _FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
+    """`start`: of its data, in bytes from the beginning of the file."""
+
     file: str
     dtype: torch.dtype
     shape: tuple[int, ...]
     num_bytes: int
+    start: int
 
 
 def read_header(path: Path) -> dict[str, TensorEntry]:
     """The file's tensors by name. Raises ModelError naming file, tensor, expected and found."""
     try:
-        header, data_bytes = _read(path)
+        header, begin, data_bytes = _read(path)
     except OSError as error:
         raise ModelError(f"{path.name}: cannot be read ({error.strerror})") from None
     entries = {
-        name: _entry(path.name, name, value, data_bytes)
+        name: _entry(path.name, name, value, begin, data_bytes)
         for name, value in header.items()
         if name != "__metadata__"
     }
     used = sum(entry.num_bytes for entry in entries.values())
     if used != data_bytes:
         raise ModelError(f"{path.name}: tensors take {used} bytes, but the file has {data_bytes} for them")
+    _check_apart(path.name, entries)
     return entries
 
 
-def _read(path: Path) -> tuple[dict[str, Any], int]:
-    """The header and the number of bytes after it."""
+def _check_apart(file: str, entries: dict[str, TensorEntry]) -> None:
+    """No byte belongs to two tensors; with a sum that fits, none belongs to nobody either."""
+    end = 0
+    for name, entry in sorted(entries.items(), key=lambda item: item[1].start):
+        if entry.start < end:
+            raise ModelError(f"{file}: tensor '{name}' overlaps another one")
+        end = entry.start + entry.num_bytes
+
+
+def _read(path: Path) -> tuple[dict[str, Any], int, int]:
+    """The header, where the data begins, and the number of bytes there."""
     size = path.stat().st_size
     with path.open("rb") as file:
         prefix = file.read(_LENGTH_BYTES)
@@ -52,7 +65,8 @@ def _read(path: Path) -> tuple[dict[str, Any], int]:
         length = int.from_bytes(prefix, "little")
         if length > min(_MAX_HEADER_BYTES, size - _LENGTH_BYTES):
             raise ModelError(f"{path.name}: header of {length} bytes does not fit a file of {size} bytes")
-        return _parse(path.name, file.read(length)), size - _LENGTH_BYTES - length
+        begin = _LENGTH_BYTES + length
+        return _parse(path.name, file.read(length)), begin, size - begin
 
 
 def _parse(file: str, text: bytes) -> dict[str, Any]:
@@ -65,7 +79,7 @@ def _parse(file: str, text: bytes) -> dict[str, Any]:
     return header
 
 
-def _entry(file: str, name: str, value: Any, data_bytes: int) -> TensorEntry:
+def _entry(file: str, name: str, value: Any, begin: int, data_bytes: int) -> TensorEntry:
     match value:
         case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [int(start), int(stop)]}:
             pass
@@ -84,4 +98,4 @@ def _entry(file: str, name: str, value: Any, data_bytes: int) -> TensorEntry:
     num_bytes = math.prod(shape) * _FLOATS[dtype].itemsize
     if stop - start != num_bytes:
         raise ModelError(f"{file}: tensor '{name}' takes {stop - start} bytes, expected {num_bytes}")
-    return TensorEntry(file, _FLOATS[dtype], tuple(shape), num_bytes)
+    return TensorEntry(file, _FLOATS[dtype], tuple(shape), num_bytes, begin + start)

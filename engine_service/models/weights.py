@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from penstock.engine_service.models.errors import ModelError
 from penstock.engine_service.models.fields import read_json
+from penstock.engine_service.models.mapped_file import MappedFile
 from penstock.engine_service.models.safetensors_header import TensorEntry, read_header
 
 SINGLE_FILE = "model.safetensors"
@@ -40,7 +40,7 @@ class Cut:
 class Weights(ABC):
     """A model's constructor takes its tensors from here, by their names in the checkpoint, in any order.
 
-    Tensors come in the model's dtype, on the CPU, freshly allocated and owned by the taker.
+    Tensors come in the model's dtype, on the CPU, freshly allocated and owned by the taker, but for `view`.
     """
 
     def __init__(self, dtype: torch.dtype) -> None:
@@ -69,6 +69,11 @@ class Weights(ABC):
         tensor is missing or has another shape."""
         return self.stack([(name, shape)], () if cut is None else (cut,))
 
+    def view(self, name: str, shape: Shape, cut: Cut | None = None) -> Tensor:
+        """As `take`, for a taker that does not write: where it can be had without a copy, it is the file's
+        own pages, which the kernel may drop and read again. Not for what every step computes with."""
+        return self.take(name, shape, cut)
+
     def stack(self, parts: Sequence[tuple[str, Shape]], cuts: Sequence[Cut] = ()) -> Tensor:
         """Several tensors, or a cut of each, one after the other along dimension 0."""
         for name, shape in parts:
@@ -89,7 +94,7 @@ class Weights(ABC):
 
 
 class Checkpoint(Weights):
-    """A folder's safetensors files, memory-mapped and read tensor by tensor.
+    """A folder's safetensors files, memory-mapped and read tensor by tensor; `finish` lets go of the pages.
 
     Headers are checked against the files' sizes before anything is allocated. `on_progress` gets bytes read
     and bytes in all. Raises ModelError.
@@ -125,18 +130,26 @@ class Checkpoint(Weights):
             )
 
     def _read(self, name: str, out: Tensor, cut: Cut | None = None) -> None:
-        entry = self._entries[name]
-        file = self._files[entry.file]
-        try:
-            if cut is None:
-                out.copy_(file.get_tensor(name))
-            elif cut.dim == 0:
-                out.copy_(file.get_slice(name)[cut.start : cut.stop])
-            else:
-                out.copy_(file.get_slice(name)[:, cut.start : cut.stop])
-        except SafetensorError:
-            raise ModelError(f"{entry.file}: tensor '{name}' cannot be read") from None
+        out.copy_(self._mapped(name, cut))
         self._count(name)
+
+    def view(self, name: str, shape: Shape, cut: Cut | None = None) -> Tensor:
+        entry = self._entries.get(name)
+        cut_across = cut is not None and cut.dim
+        if entry is None or entry.dtype != self.dtype or cut_across or entry.start % entry.dtype.itemsize:
+            return self.take(name, shape, cut)
+        self._check(name, shape)
+        tensor = self._mapped(name, cut)
+        self._count(name)
+        return tensor
+
+    def _mapped(self, name: str, cut: Cut | None) -> Tensor:
+        entry = self._entries[name]
+        try:
+            whole = self._files[entry.file].tensor(entry)
+        except ValueError:
+            raise ModelError(f"{entry.file}: tensor '{name}' cannot be read") from None
+        return whole if cut is None else whole.narrow(cut.dim, cut.start, cut.size)
 
     def skip(self, name: str) -> None:
         if name in self._left:
@@ -149,6 +162,8 @@ class Checkpoint(Weights):
             self._on_progress(self._done, self._total)
 
     def finish(self) -> None:
+        for file in self._files.values():
+            file.release()
         self._files.clear()
         # Rotary frequencies follow from the configuration; old converters stored them too.
         left = sorted(name for name in self._left if not name.endswith("rotary_emb.inv_freq"))
@@ -262,8 +277,8 @@ def _list_shards(folder: Path) -> tuple[dict[str, TensorEntry], list[str]]:
     return {name: headers[file][name] for name, file in placed.items()}, files
 
 
-def _open(path: Path) -> safe_open:
+def _open(path: Path) -> MappedFile:
     try:
-        return safe_open(path, framework="pt", device="cpu")
-    except (SafetensorError, OSError):
-        raise ModelError(f"{path.name}: not a valid safetensors file") from None
+        return MappedFile(path)
+    except (OSError, ValueError):
+        raise ModelError(f"{path.name}: cannot be read") from None

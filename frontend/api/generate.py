@@ -277,7 +277,7 @@ async def _answer_stream(
         usage_on_every_chunk=bool(options and options.continuous_usage_stats),
     )
     context.answers.add(streamed)
-    context.streams.add(stream)
+    context.follow(stream)
     context.metrics.open_streams += 1
     try:
         await exchange.while_connected(_start(exchange, context, plan, streamed))

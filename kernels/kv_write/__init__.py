@@ -7,25 +7,18 @@ from torch import Tensor
 
 from penstock.kernels.dispatch import implementation
 
-__all__ = ["block_elements", "new_cache", "rotate_and_write"]
+__all__ = ["cache_shape", "rotate_and_write"]
 
 
-def new_cache(
+def cache_shape(
     blocks: int, block_size: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
-) -> Tensor:
-    """A cache of zeros in the layout that the device's implementation reads best: [blocks, block_size, 2,
+) -> tuple[int, ...]:
+    """The shape of a cache in the layout that the device's implementation reads best: [blocks, block_size, 2,
     kv_heads, head_dim], or another one with the blocks first, which only that implementation knows. Then a
-    later `choose` of another one does not reach it."""
+    later `choose` of another one does not reach it. The cache must begin as zeros."""
     module = implementation("kv_write", device.type)
-    cache: Tensor = module.new_cache(blocks, block_size, kv_heads, head_dim, dtype, device)
-    return cache
-
-
-def block_elements(
-    block_size: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
-) -> int:
-    """Elements of a block of such a cache."""
-    return new_cache(1, block_size, kv_heads, head_dim, dtype, device).numel()
+    shape: tuple[int, ...] = module.cache_shape(blocks, block_size, kv_heads, head_dim, dtype)
+    return shape
 
 
 def rotate_and_write(
@@ -39,7 +32,7 @@ def rotate_and_write(
     """RMS norm and rotation of query and key heads, in place; then keys and values into the cache.
 
     heads [tokens, H + 2 * kv_heads, head_dim], strided: query heads, key heads, value heads; kv_cache of
-    `new_cache`, or [blocks, block_size, 2, kv_heads, head_dim], contiguous, of any floating type:
+    `cache_shape`, or [blocks, block_size, 2, kv_heads, head_dim], contiguous, of any floating type:
     float8_e4m3fn takes what lies beyond +-448 as +-448. slots [tokens] int64, each at most once: a token goes
     to kv_cache[slot // block_size, slot % block_size], and one with slot < 0 is padding, not written (its
     heads may still change).

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from penstock.kernels.kv_write.reference import new_cache, write
+from penstock.kernels.kv_write.reference import cache_shape, write
 from penstock.kernels.norm import rms_norm
 from penstock.kernels.rope import rope
 
-__all__ = ["new_cache", "rotate_and_write"]
+__all__ = ["cache_shape", "rotate_and_write"]
 
 
 def rotate_and_write(

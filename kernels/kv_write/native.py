@@ -32,13 +32,12 @@ _rotate_and_write = bind(
 )
 
 
-def new_cache(
-    blocks: int, block_size: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
-) -> Tensor:
+def cache_shape(
+    blocks: int, block_size: int, kv_heads: int, head_dim: int, dtype: torch.dtype
+) -> tuple[int, ...]:
     if not _suits(block_size, head_dim, dtype):
-        return reference.new_cache(blocks, block_size, kv_heads, head_dim, dtype, device)
-    shape = (blocks, kv_heads, block_size // TILE, tile_elements(head_dim))
-    return torch.zeros(shape, dtype=dtype, device=device)
+        return reference.cache_shape(blocks, block_size, kv_heads, head_dim, dtype)
+    return blocks, kv_heads, block_size // TILE, tile_elements(head_dim)
 
 
 def tile_elements(head_dim: int) -> int:

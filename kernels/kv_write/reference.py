@@ -8,10 +8,10 @@ from torch import Tensor
 from penstock.kernels.rope.reference import rope
 
 
-def new_cache(
-    blocks: int, block_size: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
-) -> Tensor:
-    return torch.zeros((blocks, block_size, 2, kv_heads, head_dim), dtype=dtype, device=device)
+def cache_shape(
+    blocks: int, block_size: int, kv_heads: int, head_dim: int, dtype: torch.dtype
+) -> tuple[int, ...]:
+    return blocks, block_size, 2, kv_heads, head_dim
 
 
 def rotate_and_write(

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from penstock.kernels import launch
 from penstock.kernels.kv_write.fp8 import to_e4m3
-from penstock.kernels.kv_write.reference import new_cache
+from penstock.kernels.kv_write.reference import cache_shape
 from penstock.kernels.specialization import Specialization
 
-__all__ = ["new_cache", "rotate_and_write", "specializations"]
+__all__ = ["cache_shape", "rotate_and_write", "specializations"]
 
 _ELEMENTS_PER_PROGRAM = 1024
 _NUM_WARPS = 4

@@ -296,14 +296,10 @@ def _ends(pidfd: int, timeout_s: float) -> bool:
 
 _SERVER = """
 import sys
-from penstock.engine_service import core_process, core_keeper, service, client, main
+from penstock.engine_service import main
 from penstock.engine_service.config import EngineConfig
 
-command = sys.argv[3:]
-original = service.EngineService.__init__
-def with_fake_core(self, config, **options):
-    original(self, config, command=command, **options)
-service.EngineService.__init__ = with_fake_core
+main.COMMAND = sys.argv[3:]
 sys.exit(main.run(EngineConfig(model=sys.argv[1], listen=(sys.argv[2],), drain_seconds=20)))
 """
 

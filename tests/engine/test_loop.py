@@ -199,7 +199,7 @@ def test_an_idle_loop_sleeps_until_the_next_deadline(monkeypatch: pytest.MonkeyP
     clock = [1_000_000]
     monkeypatch.setattr(core_clock, "monotonic_us", lambda: clock[0])
     harness = Harness()
-    assert harness.loop._idle_wait_s() == 1.0
+    assert harness.loop._idle_wait_s() == 60.0
     harness.loop.scheduler.add(AddRequest(id=1, prompt=[1], deadline_us=1_250_000))
     assert harness.loop._idle_wait_s() == pytest.approx(0.25)
     clock[0] = 2_000_000

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from penstock.engine_service import machine
 from penstock.engine_service.backends import cpu
 from penstock.engine_service.backends.cpu import CpuBackend
 
@@ -52,8 +53,8 @@ def test_without_packing_for_a_dtype_the_plain_linear_serves(monkeypatch: pytest
 )
 def test_default_threads(monkeypatch: pytest.MonkeyPatch, cores: int, quota: str, threads: int) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(cpu.os, "sched_getaffinity", lambda process: set(range(cores)))
-    monkeypatch.setattr(cpu, "_read", lambda path: quota if path.endswith("cpu.max") else "")
+    monkeypatch.setattr(machine.os, "sched_getaffinity", lambda process: set(range(cores)))
+    monkeypatch.setattr(machine, "_read", lambda path: quota if path.endswith("cpu.max") else "")
     assert cpu._default_threads() == threads
 
 
@@ -75,7 +76,7 @@ def test_free_memory_and_the_caches_share(
         "/sys/fs/cgroup/memory.max": limit,
         "/sys/fs/cgroup/memory.current": used,
     }
-    monkeypatch.setattr(cpu, "_read", lambda path: files.get(path, ""))
+    monkeypatch.setattr(machine, "_read", lambda path: files.get(path, ""))
     backend = CpuBackend(1)
     assert backend.available_memory() == free
     assert backend.kv_cache_budget(0.9) == budget

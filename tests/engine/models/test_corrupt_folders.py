@@ -285,7 +285,9 @@ class TestSingleFile:
             header["model.layers.1.input_layernorm.weight"] = header["model.layers.0.input_layernorm.weight"]
 
         set_header(folder, overlap)
-        fails(folder, "model.safetensors: not a valid safetensors file")
+        fails(
+            folder, "model.safetensors: tensor 'model.layers.1.input_layernorm.weight' overlaps another one"
+        )
 
 
 class TestShards:

@@ -172,20 +172,6 @@ class TestCuts:
             bias = weights.take(self.BIAS, (96,))
             assert torch.equal(weights.take(self.BIAS, (96,), Cut(0, 24, 48, 96)), bias[24:48])
 
-    def test_a_cut_does_not_read_the_rest(
-        self, tiny_checkpoint: Folder, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        weights = Checkpoint(tiny_checkpoint("llama3"), torch.float32)
-
-        class OnlySlices:
-            def __init__(self, file: object) -> None:
-                self.get_slice = file.get_slice  # type: ignore[attr-defined]
-
-        monkeypatch.setattr(weights, "_files", {k: OnlySlices(v) for k, v in weights._files.items()})
-        assert weights.take(self.NAME, self.SHAPE, Cut(1, 0, 8, 64)).shape == (96, 8)
-        with pytest.raises(AttributeError):
-            weights.take(self.NAME, self.SHAPE)
-
     def test_the_whole_shape_is_checked(self, tiny_checkpoint: Folder) -> None:
         weights = Checkpoint(tiny_checkpoint("llama3"), torch.float32)
         with pytest.raises(ModelError, match=r"has shape \[96, 64\], expected \[97, 64\]"):
