@@ -2,7 +2,8 @@
 
 The host's sampler works on padded copies and uniform numbers; its functions but `argmax` are plain torch,
 whatever the device. The device's sampler draws with noise made on the device and never needs the host; its
-functions are chosen by device: `apply_bitmask`, `draw_tokens`, `filter_bounds`, `row_logprobs`, and `edits` for the rest.
+functions are chosen by device: `apply_bitmask`, `draw_tokens`, `filter_bounds`, `row_logprobs`, and `edits`
+for the rest.
 
 In the latter, rows of logits [R, V] (any float dtype, innermost stride 1) may be replaced by edited ones:
 row r is work[source[r]] (float32 [E, V]) where the int32 source[r] is >= 0. slots int32 [R] say where a row's
