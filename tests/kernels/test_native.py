@@ -23,7 +23,7 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
         pytest.skip(library.reason())
     if chosen is None:
         pytest.skip(f"this machine cannot run {request.param}")
-    for op in ("norm", "activation", "argmax"):
+    for op in ("norm", "activation", "logits"):
         dispatch.load(op, "native")
     library.rebind(chosen)
     before = torch.get_num_threads()
@@ -80,7 +80,7 @@ class TestRows:
             torch.testing.assert_close(out.double(), wanted, atol=tolerance, rtol=tolerance)
 
     def test_argmax(self, dtype: torch.dtype, rows: int, size: int) -> None:
-        argmax = dispatch.load("argmax", "native").argmax
+        argmax = dispatch.load("logits", "native").argmax
         for logits in (random(rows, size, dtype=dtype), random(rows, size + 3, dtype=dtype)[:, 1:-2]):
             logits = logits.round()  # many equals: the first counts
             ids, values = argmax(logits)
@@ -91,9 +91,26 @@ class TestRows:
 
 
 @pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("width", [1, 130, 70000])
+@pytest.mark.parametrize("temperature", [1e-4, 0.7, 50.0])
+def test_weights(width: int, temperature: float) -> None:
+    logits = random(3, width, dtype=torch.float32) * 9
+    logits[:, 1::3] = -torch.inf
+    best = logits.max(-1).values
+    wanted = ((logits.double() - best[:, None]) / temperature).exp()
+    temperatures = torch.full((3,), temperature)
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        weights = dispatch.load("logits", "native").to_weights(logits.clone(), best, temperatures)
+        assert (weights.max(-1).values == 1).all()
+        assert (weights[:, 1::3] == 0).all()
+        torch.testing.assert_close(weights.double(), wanted, atol=1e-30, rtol=1e-4)
+
+
+@pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_extremes(dtype: torch.dtype) -> None:
-    argmax = dispatch.load("argmax", "native").argmax
+    argmax = dispatch.load("logits", "native").argmax
     nowhere = torch.full((2, 77), -torch.inf, dtype=dtype)
     ids, values = argmax(nowhere)
     assert ids.tolist() == [0, 0]
@@ -168,7 +185,7 @@ def small_build(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     for module in (sources, build):
         monkeypatch.setattr(module, "SOURCE", source)
         monkeypatch.setattr(module, "BUILT", tmp_path / "build")
-        monkeypatch.setattr(module, "VARIANTS", {"argmax.c": ("generic",)})
+        monkeypatch.setattr(module, "VARIANTS", {"logits.c": ("generic",)})
     return tmp_path
 
 
