@@ -197,7 +197,7 @@ def test_write(dtype: torch.dtype, norm: bool, rotary_dim: int | None, threads: 
     slots[3] = -1
     wanted_heads, wanted = heads.clone(), torch.full((4, 32, 2, kv_heads, dim), float("nan"), dtype=dtype)
     load("kv_write", "reference").rotate_and_write(wanted_heads, wanted, slots, rotation, weight, 1e-6)
-    tiles = native_write.new_cache(4, 32, kv_heads, dim, dtype, torch.device("cpu")).fill_(float("nan"))
+    tiles = torch.full(native_write.cache_shape(4, 32, kv_heads, dim, dtype), float("nan"), dtype=dtype)
     native_write.rotate_and_write(heads, tiles, slots, rotation, weight, 1e-6)
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 1.6e-2}[dtype]
     torch.testing.assert_close(heads, wanted_heads, atol=tolerance, rtol=tolerance)
@@ -205,7 +205,7 @@ def test_write(dtype: torch.dtype, norm: bool, rotary_dim: int | None, threads: 
 
 
 def test_a_slot_past_the_cache_is_an_error_and_nothing_is_written() -> None:
-    tiles = native_write.new_cache(2, 16, 1, 8, torch.float32, torch.device("cpu"))
+    tiles = torch.zeros(native_write.cache_shape(2, 16, 1, 8, torch.float32))
     with pytest.raises(IndexError):
         native_write.rotate_and_write(torch.ones(2, 3, 8), tiles, torch.tensor([0, 32]))
     assert not tiles.any()
@@ -222,5 +222,4 @@ def test_a_slot_past_the_cache_is_an_error_and_nothing_is_written() -> None:
     ],
 )
 def test_what_tiles_do_not_suit_has_the_usual_layout(block_size: int, dim: int, dtype: torch.dtype) -> None:
-    cache = native_write.new_cache(2, block_size, 3, dim, dtype, torch.device("cpu"))
-    assert cache.shape == (2, block_size, 2, 3, dim)
+    assert native_write.cache_shape(2, block_size, 3, dim, dtype) == (2, block_size, 2, 3, dim)
