@@ -35,7 +35,7 @@ USAGE = {
     "tokenizer": " [MODEL]",
     "engine": " [MODEL]",
     "chat": "",
-    "bench": " serve|engine|kernels",
+    "bench": " serve|offline|step|suite|engine|kernels",
 }
 
 
@@ -194,6 +194,9 @@ def _chat(words: list[str]) -> int:
 _BENCHES = {
     "engine": "bench_engine",
     "kernels": "bench_kernels",
+    "offline": "bench_offline",
+    "step": "bench_step",
+    "suite": "bench_suite",
 }
 
 
