@@ -184,9 +184,10 @@ def text(shape: str, steps: Sequence[Step], read_gb_s: float, threads: int) -> s
         f"{'tok/s':>9}{'GB/s':>7}{'of read':>9}",
     ]
     for step in steps:
+        rate = 1e3 * step.batch / step.step_ms
         lines.append(
             f"{step.batch:>6}{step.context:>9}{step.step_ms:>8.2f} ms{step.linears_ms:>8.2f} ms"
-            f"{step.ratio:>7.2f}{1e3 * step.batch / step.step_ms:>9.1f}{step.gb_s:>7.1f}{step.gb_s / read_gb_s:>9.0%}"
+            f"{step.ratio:>7.2f}{rate:>9.1f}{step.gb_s:>7.1f}{step.gb_s / read_gb_s:>9.0%}"
         )
     return "\n".join(lines)
 

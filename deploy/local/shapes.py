@@ -157,6 +157,19 @@ def write_config(folder: Path, config: dict[str, Any]) -> Path:
     return folder
 
 
+def write_weights(folder: Path) -> Path:
+    """Writes random weights of the folder's config.json, in its dtype, as a training library would begin."""
+    import torch
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    config = transformers.AutoConfig.from_pretrained(folder)
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(folder)
+    return folder
+
+
 def make_folder(shape: str, folder: Path, *, layers: int = 0, context: int = 4096) -> Path:
     """Writes config.json and a byte-level tokenizer. Ids above the bytes come from no text, but have one."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
