@@ -53,11 +53,12 @@ def best_seconds(work: Callable[[], object], tries: int, clock: Callable[[], flo
     return best
 
 
-def read_gb_s(threads: int, size: int = _BYTES) -> float:
+def read_gb_s(threads: int, size: int = 0) -> float:
     """Of the reduction that reads fastest: which one it is depends on torch's version and the cores."""
     import torch
 
     torch.set_num_threads(threads)
+    size = size or _BYTES
     data = torch.empty(size // 4, dtype=torch.float32).uniform_(-1.0, 1.0)
     kernels = (data.sum, data.amax, lambda: torch.linalg.vector_norm(data))
     return size / min(best_seconds(kernel, _TRIES, clock_of(threads)) for kernel in kernels) / 1e9

@@ -147,28 +147,19 @@ def _cpu_s() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-def run_process(
-    load: Load, timeout_s: float | None = None, on_start: Callable[[int], None] | None = None
-) -> Outcome:
-    """drive, in a child process. on_start gets its process id. Raises LoadFailed."""
+def run_process(load: Load, timeout_s: float | None = None) -> Outcome:
+    """drive, in a child process. Raises LoadFailed."""
     words = [sys.executable, "-P", "-m", "penstock.local.bench_load"]
-    child = subprocess.Popen(
-        words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    if on_start is not None:
-        on_start(child.pid)
     try:
-        out, errors = child.communicate(json.dumps(asdict(load)), timeout=timeout_s)
+        done = subprocess.run(
+            words, input=json.dumps(asdict(load)), capture_output=True, text=True, timeout=timeout_s
+        )
     except subprocess.TimeoutExpired:
         raise LoadFailed(f"the load did not end within {timeout_s:.0f} s") from None
-    finally:
-        if child.poll() is None:
-            child.kill()
-            child.wait()
-    if child.returncode:
-        lines = errors.strip().splitlines()
-        raise LoadFailed(lines[-1] if lines else f"the client ended with {child.returncode}")
-    found = json.loads(out)
+    if done.returncode:
+        lines = done.stderr.strip().splitlines()
+        raise LoadFailed(lines[-1] if lines else f"the client ended with {done.returncode}")
+    found = json.loads(done.stdout)
     found["samples"] = [Sample(**sample) for sample in found["samples"]]
     return Outcome(**found)
 

@@ -5,6 +5,7 @@ Knows cases, servers and loads; starts no server and prints no table.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -54,6 +55,11 @@ def load_of(case: Case, server: Server, prompts: int, seed: int) -> Load:
     )
 
 
+def seed_of(case: Case, index: int, rules: Rules) -> int:
+    """Of a round of a case: no two, and none of their tries, have the same."""
+    return ((rules.seed * 1000 + zlib.crc32(case.name.encode())) * 1000 + index) * 100
+
+
 def turn(load: Load, roots: Sequence[int], rules: Rules, drive: Drive) -> Turn:
     """Tries until one is not disturbed, at most rules.tries times. A try's prompts are its own: the server
     must not find an earlier one's in its prefix cache. Raises LoadFailed."""
@@ -84,8 +90,7 @@ def run(
     for index in range(rules.rounds):
         order = list(servers) if index % 2 == 0 else list(reversed(servers))
         for server in order:
-            seed = 100_000 * rules.seed + 1000 * index + 100 * len(case.name) + case.input_len
-            load = load_of(case, server, prompts, seed)
+            load = load_of(case, server, prompts, seed_of(case, index, rules))
             turns[server.name].append(turn(load, roots, rules, drive))
     return turns
 
