@@ -12,10 +12,10 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
-from penstock.local import bench_load, bench_plot, bench_report
+from penstock.local import bench_drive, bench_plot, bench_report
 from penstock.local.bench_client import Endpoint
-from penstock.local.bench_load import FIRST_ID, Load, LoadFailed, Outcome
-from penstock.local.spawn import SpawnFailed, spawned
+from penstock.local.bench_drive import FIRST_ID, Load, LoadFailed, Outcome
+from penstock.local.spawn import SpawnFailed, sigterm_unwinds, spawned
 from penstock.protos.settings import Config, ConfigError
 
 SCHEMA = 1
@@ -158,7 +158,7 @@ def report_of(load: Load, outcome: Outcome, goals: dict[str, float]) -> bench_re
 def measure(
     config: BenchConfig,
     *,
-    drive: Drive = bench_load.run_process,
+    drive: Drive = bench_drive.run_process,
     on_level: Callable[[bench_report.Report], None] | None = None,
 ) -> list[bench_report.Report]:
     """One report for each level, each handed to on_level as it is done. Raises LoadFailed."""
@@ -197,7 +197,7 @@ def run(config: BenchConfig) -> int:
             reports = measure(config, on_level=show)
         else:
             words = [config.spawn] if config.spawn else []
-            with spawned([*words, *shlex.split(config.serve_options)]) as server:
+            with sigterm_unwinds(), spawned([*words, *shlex.split(config.serve_options)]) as server:
                 reports = measure(config.model_copy(update={"url": server.url, "model": ""}), on_level=show)
     except SpawnFailed as error:
         print(f"penstock bench: {error}", file=sys.stderr)

@@ -55,6 +55,18 @@ def cpu_s(pids: Iterable[int]) -> float:
     return total / _TICKS
 
 
+def running_s(pids: Iterable[int]) -> float:
+    """Time on a core of these processes' threads that live, to the nanosecond: ticks are too coarse for
+    processes that sleep."""
+    total = 0
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            for task in os.listdir(f"/proc/{pid}/task"):
+                with contextlib.suppress(OSError):
+                    total += int(Path(f"/proc/{pid}/task/{task}/schedstat").read_text().split()[0])
+    return total / 1e9
+
+
 def resident_bytes(pids: Iterable[int]) -> int:
     """Memory of these processes; a page that several of them map is counted once (proportional set size)."""
     total = 0

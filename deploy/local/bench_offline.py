@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from penstock.local.bench_load import FIRST_ID
+from penstock.local.bench_drive import FIRST_ID
 from penstock.local.shapes import SHAPES, make_folder
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from penstock.local import bench, bench_machine
 from penstock.local.bench_cases import Case, Metric
-from penstock.local.bench_load import Load, Outcome
+from penstock.local.bench_drive import Load, Outcome
 from penstock.local.bench_machine import Noise
 from penstock.local.bench_peers import Server
 from penstock.local.bench_report import Report

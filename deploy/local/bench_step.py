@@ -1,7 +1,8 @@
-"""`penstock bench step`: a decode step of a model shape on the CPU, against its own linears and the memory.
+"""`penstock bench step`: one step of a model shape on the CPU, against its own linears and the memory.
 
-Builds the model and its runner in this process, with dummy weights; no scheduler, no services. "Linears" are
-all products of one step by themselves, with their inputs at hand.
+Builds the model and its runner in this process, with dummy weights; no scheduler, no services. The step with
+the native library, the step in torch and the linears alone take turns, and so do the quantizations asked
+for. "Linears" are all products of one step by themselves, with their inputs at hand.
 """
 
 from __future__ import annotations
@@ -11,224 +12,155 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from penstock.local.bench_cpu_ceilings import best_seconds, clock_of
+from penstock.local.bench_cpu_ceilings import clock_of, read_gb_s
 from penstock.local.shapes import SHAPES, config_of, write_config
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from penstock.engine_service.backends.base import Backend, Linear
     from penstock.engine_service.core.plan import StepPlan
-    from penstock.engine_service.core.runner import Runner
     from penstock.engine_service.models.config import ModelSpec
+    from penstock.local.bench_step_model import StepModel
 
-USAGE_ERROR = 2
-BLOCK_SIZE = 16
-_SPARE_TOKENS = 64  # of each sequence's table, beyond the context
+USAGE_ERROR, MODEL_ERROR = 2, 3
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """Best times of one decode step, in ms."""
+    """Best times of one step, in ms, by path ("native", "torch"). tokens: of the whole step."""
 
-    batch: int
-    context: int
-    step_ms: float
+    label: str
+    quantization: str
+    tokens: int
+    ms: dict[str, float]
     linears_ms: float
-    bytes: int  # weights and keys and values that the step reads and writes
+    bytes: int  # weights, keys and values that a decode step reads and writes; 0 for a prompt
+
+    @property
+    def path(self) -> str:
+        """What the engine runs here."""
+        return next(iter(self.ms))
 
     @property
     def ratio(self) -> float:
-        return self.step_ms / self.linears_ms
+        return self.ms[self.path] / self.linears_ms
 
     @property
     def gb_s(self) -> float:
-        return self.bytes / self.step_ms / 1e6
+        return self.bytes / self.ms[self.path] / 1e6
+
+    def as_dict(self, ceiling_gb_s: float) -> dict[str, Any]:
+        of_read = self.gb_s / ceiling_gb_s if self.bytes else None
+        return {**asdict(self), "path": self.path, "ratio": self.ratio, "of_read": of_read}
 
 
-class Counting:
-    """A backend that remembers the linears it makes, so that they can be timed on their own."""
+def measure(
+    models: dict[str, StepModel], label: str, plan: StepPlan, context: int, repeats: int, threads: int
+) -> list[Step]:
+    """A row for each quantization's model; all of them, and all of their parts, alternate. context: tokens of
+    each sequence; 0 for a prompt."""
+    from penstock.local.bench_step_model import best_each
 
-    def __init__(self, inner: Backend) -> None:
-        self._inner = inner
-        self.made: list[tuple[Linear, int]] = []  # with the columns each takes
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._inner, name)
-
-    def linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
-        made = self._inner.linear(weight, bias)
-        self.made.append((made, weight.shape[1]))
-        return made
-
-    def head(self, weight: Tensor) -> Linear:
-        made = self._inner.head(weight)
-        self.made.append((made, weight.shape[1]))
-        return made
-
-
-class Bench:
-    """A model with dummy weights, its cache full of numbers, and the runner the engine has for it."""
-
-    def __init__(
-        self, spec: ModelSpec, batches: Sequence[int], context: int, threads: int, quantization: str
-    ) -> None:
-        """Raises ModelError for a quantization this machine does not have."""
-        import torch
-
-        from penstock.engine_service.core.build import make_backend
-        from penstock.engine_service.core.memory import make_kv_caches
-        from penstock.engine_service.core.messages import Configure
-        from penstock.engine_service.core.runner import Runner
-        from penstock.engine_service.core.sampler import Sampler
-        from penstock.engine_service.models.registry import build_model
-        from penstock.engine_service.models.weights import DummyWeights
-
-        asked = Configure("", device="cpu", threads=threads, quantization=quantization)
-        backend = Counting(make_backend(asked))
-        self.spec, self.dtype = spec, spec.dtype or torch.float32
-        self.made = backend.made
-        self._weight_itemsize = self.dtype.itemsize if quantization in ("", "none") else 1
-        longest = context + _SPARE_TOKENS
-        with torch.inference_mode():
-            weights = DummyWeights(self.dtype)
-            model = build_model(spec, weights, backend, min(spec.max_position, longest))
-            blocks = max(batches) * -(-longest // BLOCK_SIZE)
-            caches = make_kv_caches(spec, blocks, BLOCK_SIZE, self.dtype, backend.device)
-            for cache in caches:
-                cache.normal_()
-        sampler = Sampler(spec.vocab_size, backend.device, 0)
-        self.runner: Runner = Runner(model, backend, caches, sampler, BLOCK_SIZE)
-
-    def measure(self, batch: int, context: int, repeats: int, clock: Callable[[], float]) -> Step:
-        """Step and linears in turn, `repeats` times each: what disturbs one disturbs the other."""
-        import torch
-
-        from penstock.local.bench_shape import step_bytes
-
-        plan = decode_plan(batch, context)
-        inputs = {columns: torch.ones(batch, columns, dtype=self.dtype) for _, columns in self.made}
-
-        @torch.inference_mode()
-        def linears() -> None:
-            for linear, columns in self.made:
-                linear(inputs[columns])
-
-        step_s = linears_s = float("inf")
-        for _ in range(repeats):
-            step_s = min(step_s, best_seconds(lambda: self.runner.run(plan), 1, clock))
-            linears_s = min(linears_s, best_seconds(linears, 1, clock))
-        size = self.dtype.itemsize
-        found = step_bytes(
-            self.spec,
-            batch,
-            context,
-            itemsize=size,
-            weight_itemsize=self._weight_itemsize,
-            kv_itemsize=size,
+    works = {}
+    for name, model in models.items():
+        works.update({(name, path): partial(model.step, path, plan) for path in model.paths})
+        works[name, "linears"] = partial(model.linears, int(plan.counts.sum()), len(plan))
+    found = best_each(works, repeats, clock_of(threads))
+    return [
+        Step(
+            label,
+            name,
+            int(plan.counts.sum()),
+            {path: found[name, path] for path in model.paths},
+            found[name, "linears"],
+            model.step_bytes(len(plan), context) if context else 0,
         )
-        return Step(batch, context, 1e3 * step_s, 1e3 * linears_s, found.total)
-
-
-def decode_plan(count: int, context: int) -> StepPlan:
-    """A step of `count` running sequences of `context` tokens whose blocks are scattered over the cache."""
-    import numpy as np
-    import torch
-
-    from penstock.engine_service.core.messages import AddRequest, Sampling
-    from penstock.engine_service.core.plan import StepPlan
-    from penstock.engine_service.core.request import Request
-    from penstock.engine_service.core.slots import SlotTable
-
-    blocks_each = -(-(context + _SPARE_TOKENS) // BLOCK_SIZE)
-    order = torch.randperm(count * blocks_each, generator=torch.Generator().manual_seed(0)).tolist()
-    table = SlotTable(count, blocks_each * BLOCK_SIZE, BLOCK_SIZE)
-    sequences = []
-    for i in range(count):
-        sequence = Request.create(AddRequest(i, [1] * context, Sampling(temperature=0.0))).sequences[0]
-        table.take(i, sequence)
-        table.append_blocks(i, order[i * blocks_each : (i + 1) * blocks_each])
-        sequences.append(sequence)
-    return StepPlan(
-        table,
-        sequences,
-        slots=np.arange(count),
-        starts=np.full(count, context - 1, np.int32),
-        counts=np.ones(count, np.int32),
-        samples=np.ones(count, np.bool_),
-        pending=np.zeros(count, np.bool_),
-        num_decodes=count,
-        epochs=table.epochs.copy(),
-    )
-
-
-def profile(bench: Bench, batch: int, context: int) -> str:
-    """The operators of one step, as a table."""
-    import torch
-
-    plan = decode_plan(batch, context)
-    with torch.profiler.profile() as seen:
-        bench.runner.run(plan)
-    return str(seen.key_averages().table(sort_by="self_cpu_time_total", row_limit=16))
-
-
-def text(shape: str, steps: Sequence[Step], read_gb_s: float, threads: int) -> str:
-    lines = [
-        f"{shape}, {threads} thread(s); memory read {read_gb_s:.1f} GB/s with as many",
-        f"{'batch':>6}{'context':>9}{'step':>11}{'linears':>11}{'ratio':>7}"
-        f"{'tok/s':>9}{'GB/s':>7}{'of read':>9}",
+        for name, model in models.items()
     ]
+
+
+def text(shape: str, steps: Sequence[Step], read_rate: float, threads: int, ops: str) -> str:
+    """Beside the first quantization's rows, the others' say how many times as fast they are."""
+    paths = list(steps[0].ms)
+    head = "".join(f"{path:>12}{'ratio':>7}" for path in paths)
+    lines = [
+        f"{shape}, {threads} thread(s); memory read {read_rate:.1f} GB/s with as many; ops: {ops}",
+        f"{'step':<14}{'weights':>9}{head}{'linears':>12}{'tok/s':>10}{'GB/s':>7}{'of read':>9}",
+    ]
+    first = {step.label: step for step in reversed(steps)}
     for step in steps:
-        rate = 1e3 * step.batch / step.step_ms
+        times = "".join(f"{step.ms[path]:>9.2f} ms{step.ms[path] / step.linears_ms:>7.2f}" for path in paths)
+        ms = step.ms[step.path]
+        memory = f"{step.gb_s:>7.1f}{step.gb_s / read_rate:>9.0%}" if step.bytes else f"{'-':>7}{'-':>9}"
+        base = first[step.label]
+        gain = f"   {base.ms[base.path] / ms:.2f} times {base.quantization}" if base is not step else ""
         lines.append(
-            f"{step.batch:>6}{step.context:>9}{step.step_ms:>8.2f} ms{step.linears_ms:>8.2f} ms"
-            f"{step.ratio:>7.2f}{rate:>9.1f}{step.gb_s:>7.1f}{step.gb_s / read_gb_s:>9.0%}"
+            f"{step.label:<14}{step.quantization:>9}{times}{step.linears_ms:>9.2f} ms"
+            f"{1e3 * step.tokens / ms:>10.1f}{memory}{gain}"
         )
     return "\n".join(lines)
 
 
 def main(words: list[str] | None = None) -> int:
-    """Returns 0; 2 for what cannot be asked; 3 for a quantization this machine does not have."""
+    """Returns 0; 2 for what cannot be asked; 3 for a folder or a quantization that cannot be used."""
     given = _parser().parse_args(words)
-    cores = len(os.sched_getaffinity(0))
-    threads = given.threads or cores
-    for name in ("batch", "context", "repeats"):
+    threads = given.threads or len(os.sched_getaffinity(0))
+    for name in ("batch", "context", "prompt", "repeats", "threads"):
         values = getattr(given, name)
-        if any(value < 1 for value in (values if isinstance(values, list) else [values])):
-            print(f"penstock bench step: --{name} must be at least 1", file=sys.stderr)
-            return USAGE_ERROR
-    from penstock.engine_service.models.config import read_spec
+        least = 0 if name == "threads" else 1
+        if any(value < least for value in (values if isinstance(values, list) else [values])):
+            return _fail(f"--{name} must be at least {least}", USAGE_ERROR)
+    if not given.batch and not given.prompt:
+        return _fail("nothing to measure: neither --batch nor --prompt", USAGE_ERROR)
     from penstock.engine_service.models.errors import ModelError
-    from penstock.local.bench_cpu_ceilings import read_gb_s
+    from penstock.kernels.native.library import reason
+    from penstock.local.bench_step_model import StepModel, blocks_of, decode_plan, prompt_plan
 
-    with tempfile.TemporaryDirectory(prefix="penstock-bench-") as name:
-        spec = read_spec(write_config(Path(name), config_of(given.shape, layers=given.layers)))
-    ceiling = read_gb_s(threads)
+    plans = [(f"batch {count}", decode_plan(count, given.context), given.context) for count in given.batch]
+    plans += [(f"prompt {length}", prompt_plan(length), 0) for length in given.prompt]
+    blocks, longest = max(blocks_of(plan) for _, plan, _ in plans), max([given.context, *given.prompt])
     try:
-        bench = Bench(spec, given.batch, given.context, threads, given.quantization)
+        spec = _spec(given.shape, given.layers)
+        models = {
+            name: StepModel(spec, blocks, longest, threads, name) for name in given.quantization.split(",")
+        }
     except ModelError as error:
-        print(f"penstock bench step: {error}", file=sys.stderr)
-        return 3
-    clock = clock_of(threads)
-    steps = [bench.measure(batch, given.context, given.repeats, clock) for batch in given.batch]
-    print(text(given.shape, steps, ceiling, threads))
+        return _fail(str(error), MODEL_ERROR)
+    ceiling = read_gb_s(threads)
+    steps: list[Step] = []
+    for label, plan, context in plans:
+        steps += measure(models, label, plan, context, given.repeats, threads)
+    print(text(given.shape, steps, ceiling, threads, reason()))
     if given.profile:
-        print("\n".join(profile(bench, batch, given.context) for batch in given.batch))
+        print("\n".join(model.profile(plan) for _, plan, _ in plans for model in models.values()))
     if given.json:
-        rows = [{**asdict(step), "ratio": step.ratio, "of_read": step.gb_s / ceiling} for step in steps]
         asked = {name: value for name, value in vars(given).items() if name not in ("json", "profile")}
+        rows = [step.as_dict(ceiling) for step in steps]
         found = {"schema": 1, "settings": {**asked, "threads": threads}, "read_gb_s": ceiling, "steps": rows}
         try:
             Path(given.json).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
         except OSError as error:
-            print(f"penstock bench step: --json: {given.json}: {error.strerror}", file=sys.stderr)
-            return USAGE_ERROR
+            return _fail(f"--json: {given.json}: {error.strerror}", USAGE_ERROR)
     return 0
+
+
+def _spec(shape: str, layers: int) -> ModelSpec:
+    """Raises ModelError."""
+    from penstock.engine_service.models.config import read_spec
+
+    if shape not in SHAPES:
+        return read_spec(Path(shape))
+    with tempfile.TemporaryDirectory(prefix="penstock-bench-") as name:
+        return read_spec(write_config(Path(name), config_of(shape, layers=layers)))
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"penstock bench step: {message}", file=sys.stderr)
+    return code
 
 
 def _numbers(given: str) -> list[int]:
@@ -241,23 +173,21 @@ def _numbers(given: str) -> list[int]:
 def _parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         prog="penstock bench step",
-        description="Time a decode step on the CPU against its own linears and what memory allows.",
+        description="Time steps on the CPU against their own linears and what memory allows.",
         allow_abbrev=False,
     )
     add = made.add_argument
-    add("--shape", choices=sorted(SHAPES), default="qwen2.5-0.5b", help="of the model (default: %(default)s)")
-    add("--layers", type=int, default=0, metavar="N", help="cut the shape to its first N layers")
-    add("--batch", type=_numbers, default=[1, 8, 32], metavar="N,N", help="sequences; default 1,8,32")
+    text = f"{', '.join(SHAPES)}, or a folder with a config.json (default: %(default)s)"
+    add("--shape", default="qwen2.5-0.5b", help=text)
+    add("--layers", type=int, default=0, metavar="N", help="cut a named shape to its first N layers")
+    add("--batch", type=_numbers, default=[1, 8, 32], metavar="N,N", help="sequences decoded; default 1,8,32")
     add("--context", type=int, default=512, metavar="N", help="tokens of each (default: %(default)s)")
+    text = "whole prompts of so many tokens as well; --batch '' for these alone"
+    add("--prompt", type=_numbers, default=[], metavar="N,N", help=text)
     add("--threads", type=int, default=0, metavar="N", help="of compute; 0: one for each core (default)")
-    add("--quantization", default="", metavar="KIND", help="as penstock serve's; default: none")
-    add(
-        "--repeats",
-        type=int,
-        default=5,
-        metavar="N",
-        help="the best of so many counts (default: %(default)s)",
-    )
+    text = "as penstock serve's; several such as none,int8 are compared (default: none)"
+    add("--quantization", default="none", metavar="KIND", help=text)
+    add("--repeats", type=int, default=5, metavar="N", help="the best counts (default: %(default)s)")
     add("--profile", action="store_true", help="print the operators of one step as well")
     add("--json", "--output", default="", metavar="FILE", help="write everything to this file too")
     return made

@@ -24,12 +24,12 @@ from penstock.local import bench_ceilings, bench_machine, bench_peers, bench_plo
 from penstock.local.bench_cases import CASES, Case, floor
 from penstock.local.bench_client import BenchError
 from penstock.local.bench_cpu_ceilings import CeilingsFailed, CpuCeilings, measure_apart
-from penstock.local.bench_load import LoadFailed, run_process
+from penstock.local.bench_drive import LoadFailed, run_process
 from penstock.local.bench_peers import PeerFailed, Server
 from penstock.local.bench_report import Report
 from penstock.local.bench_suite_options import Options, UsageError, parser, resolve
 from penstock.local.bench_table import OURS, Findings, Row, text
-from penstock.local.spawn import SpawnFailed, spawned
+from penstock.local.spawn import SpawnFailed, sigterm_unwinds, spawned
 
 if TYPE_CHECKING:
     from penstock.engine_service.models.config import ModelSpec
@@ -46,8 +46,9 @@ def main(words: list[str] | None = None) -> int:
     """Returns 0; 1 when something could not be measured or a request failed; 2 for what cannot be asked."""
     try:
         options = resolve(parser().parse_args(words))
-        suite = Suite(options)
-        suite.run()
+        with sigterm_unwinds():
+            suite = Suite(options)
+            suite.run()
         print(text(suite.found))
         suite.write()
     except UsageError as error:
@@ -188,8 +189,7 @@ class Suite:
             steps = json.loads(Path(output.name).read_text())["steps"]
         others = watch.stop().others
         for step in steps:
-            case = f"step {step['batch']}"
-            values = {OURS: [step["ratio"]]}
+            case, values = f"step, {step['label']}", {OURS: [step["ratio"]]}
             self.found.rows.append(Row(shape, case, "step / its linears", "x", False, values, 1.0, others))
 
 
@@ -209,11 +209,11 @@ def _idle_row(shape: str, servers: Sequence[Server]) -> Row:
     time.sleep(_SETTLE_S)
     pids = {server.name: bench_machine.descendants(server.roots) for server in servers if server.roots}
     watch = bench_machine.Watch([root for server in servers for root in server.roots])
-    before = {name: bench_machine.cpu_s(found) for name, found in pids.items()}
+    before = {name: bench_machine.running_s(found) for name, found in pids.items()}
     time.sleep(_IDLE_S)
     noise = watch.stop()
     used = {
-        name: [100 * (bench_machine.cpu_s(found) - before[name]) / noise.wall_s]
+        name: [100 * (bench_machine.running_s(found) - before[name]) / noise.wall_s]
         for name, found in pids.items()
     }
     return Row(shape, "idle", "CPU of all processes", "% of a core", False, used, others=noise.others)

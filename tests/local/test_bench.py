@@ -16,17 +16,17 @@ from typing import Any
 
 import pytest
 
-from penstock.local import bench, bench_load, bench_report, cli
+from penstock.local import bench, bench_drive, bench_report, cli
 from penstock.local.bench import BenchConfig
 from penstock.local.bench_client import Client, Endpoint, Sample
-from penstock.local.bench_load import Load, LoadFailed, Outcome
+from penstock.local.bench_drive import Load, LoadFailed, Outcome
 from penstock.protos.settings import ConfigError
 
 MODELS = json.dumps({"data": [{"id": "listed"}]}).encode()
 
 
 def in_process(load: Load) -> Outcome:
-    return asyncio.run(bench_load.drive(load))
+    return asyncio.run(bench_drive.drive(load))
 
 
 def _stream(frames: list[Any]) -> bytes:
@@ -193,24 +193,24 @@ def test_endpoints(url: str, host: str, port: int, base: str) -> None:
 # ------------------------------------------------------------------------------------------------ loads
 def test_prompts_follow_the_seed_and_share_only_the_prefix() -> None:
     load = Load("u", num_prompts=3, warmup=1, seed=1, input_len=20, shared_prefix=12)
-    prompts = bench_load.prompts_of(load)
-    assert prompts == bench_load.prompts_of(load)
-    assert prompts != bench_load.prompts_of(Load("u", num_prompts=3, warmup=1, seed=2, input_len=20))
+    prompts = bench_drive.prompts_of(load)
+    assert prompts == bench_drive.prompts_of(load)
+    assert prompts != bench_drive.prompts_of(Load("u", num_prompts=3, warmup=1, seed=2, input_len=20))
     assert [len(prompt) for prompt in prompts] == [32] * 4
     assert len({tuple(prompt[:12]) for prompt in prompts}) == 1
     assert len({tuple(prompt[12:]) for prompt in prompts}) == 4
     ids = [id for prompt in prompts for id in prompt]
     assert all(isinstance(id, int) and 10 <= id < 1000 for id in ids)
-    words = bench_load.prompts_of(
+    words = bench_drive.prompts_of(
         Load("u", kind="chat", num_prompts=2, warmup=0, input_len=5, shared_prefix=3)
     )
     assert [len(str(text).split()) for text in words] == [8, 8]
 
 
 def test_arrivals_are_a_poisson_process() -> None:
-    times = bench_load.arrival_times(50.0, 4000, seed=3)
-    assert times == bench_load.arrival_times(50.0, 4000, seed=3)
-    assert times != bench_load.arrival_times(50.0, 4000, seed=4)
+    times = bench_drive.arrival_times(50.0, 4000, seed=3)
+    assert times == bench_drive.arrival_times(50.0, 4000, seed=3)
+    assert times != bench_drive.arrival_times(50.0, 4000, seed=4)
     gaps = [b - a for a, b in itertools.pairwise(times)]
     assert times[0] == 0.0
     # An exponential's mean equals its deviation; the share above the mean is 1/e.
@@ -306,7 +306,7 @@ def test_failures_are_counted_and_end_the_command_with_1(
 
 def test_a_client_process_that_finds_no_server_says_so() -> None:
     with pytest.raises(LoadFailed, match="refused"):
-        bench_load.run_process(Load("http://127.0.0.1:9"))
+        bench_drive.run_process(Load("http://127.0.0.1:9"))
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from penstock.engine_service.models.config import read_spec
-from penstock.local import bench_cpu_ceilings, bench_offline, bench_step, cli, shapes
+from penstock.kernels import dispatch
+from penstock.local import bench_cpu_ceilings, bench_offline, bench_step, bench_step_model, cli, shapes
 
 
 def test_batches_have_mixed_lengths_by_seed() -> None:
@@ -105,23 +106,64 @@ def test_what_cannot_be_run_offline(
 
 def test_the_step_times_every_linear_of_the_model_once(tmp_path: Path) -> None:
     spec = read_spec(shapes.write_config(tmp_path, shapes.config_of("tiny")))
-    bench = bench_step.Bench(spec, [1, 3], 40, 1, "")
+    plan = bench_step_model.decode_plan(3, 40)
+    model = bench_step_model.StepModel(spec, bench_step_model.blocks_of(plan), 40, 1, "")
     import transformers
 
     with torch.device("meta"):
-        theirs = transformers.AutoModelForCausalLM.from_config(
-            transformers.AutoConfig.from_pretrained(tmp_path)
-        )
+        config = transformers.AutoConfig.from_pretrained(tmp_path)
+        theirs = transformers.AutoModelForCausalLM.from_config(config)
     products = sum(m.weight.numel() for m in theirs.modules() if isinstance(m, torch.nn.Linear))
     made = 0
     with torch.inference_mode():
-        for linear, columns in bench.made:
-            made += columns * linear(torch.ones(1, columns, dtype=bench.dtype)).shape[1]
+        for linear, columns in model.made:
+            made += columns * linear(torch.ones(1, columns, dtype=model.dtype)).shape[1]
     assert made == products
-    found = bench.measure(3, 40, repeats=1, clock=bench_cpu_ceilings.clock_of(1))
-    assert (found.batch, found.context) == (3, 40)
-    assert found.ratio == found.step_ms / found.linears_ms
-    assert found.gb_s == pytest.approx(found.bytes / found.step_ms / 1e6)
+    [found] = bench_step.measure({"none": model}, "batch 3", plan, 40, repeats=1, threads=1)
+    assert (found.label, found.tokens, set(found.ms)) == ("batch 3", 3, set(model.paths))
+    assert found.ratio == found.ms[model.paths[0]] / found.linears_ms
+    assert found.gb_s == pytest.approx(found.bytes / found.ms[model.paths[0]] / 1e6)
+
+
+def test_paths_are_those_they_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In torch's turn every op runs in torch; after it the process has its own choice again."""
+    spec = read_spec(shapes.write_config(tmp_path, shapes.config_of("tiny")))
+    plan = bench_step_model.decode_plan(1, 20)
+    model = bench_step_model.StepModel(spec, bench_step_model.blocks_of(plan), 20, 1, "none")
+    seen: dict[str, str] = {}
+
+    class Runner:
+        def run(self, plan: object) -> None:
+            for op in ("norm", "activation", "kv_write", "paged_attention"):
+                seen[op] = dispatch.implementation(op, "cpu").__name__.rsplit(".", 1)[1]
+
+    monkeypatch.setattr(model, "_runners", dict.fromkeys(model.paths, Runner()))
+    before = dispatch.implementation("norm", "cpu")
+    model.step("torch", plan)
+    assert seen == {
+        "norm": "reference",
+        "activation": "reference",
+        "kv_write": "cpu",
+        "paged_attention": "cpu",
+    }
+    model.step(model.paths[0], plan)
+    assert ("native" in seen.values()) == (model.paths[0] == "native")
+    assert dispatch.implementation("norm", "cpu") is before
+
+
+def test_a_prompt_is_one_step_of_all_its_tokens() -> None:
+    plan = bench_step_model.prompt_plan(33)
+    assert (plan.counts.tolist(), plan.starts.tolist(), plan.num_decodes) == ([33], [0], 0)
+    assert bench_step_model.blocks_of(plan) == 3
+
+
+def test_works_alternate_and_the_first_round_does_not_count() -> None:
+    ran: list[str] = []
+    clock = iter([0, 1, 10, 19, 20, 25, 30, 31, 40, 43])  # an unmeasured turn reads it once
+    works = {"a": lambda: ran.append("a"), "b": lambda: ran.append("b")}
+    found = bench_step_model.best_each(works, 2, lambda: next(clock))
+    assert ran == ["a", "b"] * 3
+    assert found == {"a": 1000.0, "b": 3000.0}
 
 
 def test_a_step_run(
@@ -130,21 +172,36 @@ def test_a_step_run(
     monkeypatch.setattr(bench_cpu_ceilings, "_BYTES", 1 << 20)
     out = tmp_path / "out.json"
     words = ["--shape", "tiny", "--batch", "1,4", "--context", "20", "--threads", "1", "--repeats", "1"]
+    words += ["--prompt", "24", "--quantization", "none,fp8"]
     assert cli.main(["bench", "step", *words, "--json", str(out), "--profile"]) == 0
     found = json.loads(out.read_text())
-    assert [step["batch"] for step in found["steps"]] == [1, 4]
+    labels = [(step["label"], step["quantization"]) for step in found["steps"]]
+    assert labels == [
+        (name, kind) for name in ("batch 1", "batch 4", "prompt 24") for kind in ("none", "fp8")
+    ]
     for step in found["steps"]:
-        assert step["ratio"] == pytest.approx(step["step_ms"] / step["linears_ms"])
-        assert step["of_read"] == pytest.approx(step["bytes"] / step["step_ms"] / 1e6 / found["read_gb_s"])
-    assert "aten::" in capsys.readouterr().out
+        ms = step["ms"][step["path"]]
+        assert step["ratio"] == pytest.approx(ms / step["linears_ms"])
+        if step["label"].startswith("batch"):
+            assert step["of_read"] == pytest.approx(step["bytes"] / ms / 1e6 / found["read_gb_s"])
+        else:
+            assert (step["of_read"], step["tokens"]) == (None, 24)
+    said = capsys.readouterr().out
+    assert "aten::" in said
+    assert "times none" in said
 
 
 @pytest.mark.parametrize(
     ("words", "code"),
-    [(["--batch", "0"], 2), (["--context", "0"], 2), (["--shape", "tiny", "--quantization", "int1"], 3)],
+    [
+        (["--batch", "0"], 2),
+        (["--context", "0"], 2),
+        (["--batch", "", "--shape", "tiny"], 2),
+        (["--shape", "tiny", "--quantization", "int1"], 3),
+        (["--shape", "/nowhere/at/all"], 3),
+    ],
 )
-def test_what_cannot_be_stepped(words: list[str], code: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_cpu_ceilings, "_BYTES", 1 << 20)
+def test_what_cannot_be_stepped(words: list[str], code: int) -> None:
     assert cli.main(["bench", "step", *words]) == code
 
 

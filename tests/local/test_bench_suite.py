@@ -17,7 +17,7 @@ import pytest
 from penstock.engine_service.models.config import read_spec
 from penstock.local import (
     bench_cases,
-    bench_load,
+    bench_drive,
     bench_machine,
     bench_peers,
     bench_rounds,
@@ -29,7 +29,7 @@ from penstock.local import (
 from penstock.local.bench_cases import CASES, Case
 from penstock.local.bench_client import Sample
 from penstock.local.bench_cpu_ceilings import CpuCeilings
-from penstock.local.bench_load import Load, Outcome
+from penstock.local.bench_drive import Load, Outcome
 from penstock.local.bench_machine import Noise
 from penstock.local.bench_peers import Peer, PeerFailed, Server
 from penstock.local.bench_rounds import Rules
@@ -78,7 +78,7 @@ def test_servers_take_turns_with_the_same_prompts(quiet: list[float]) -> None:
 
     turns = bench_rounds.run(CASE, [A, B], 4, Rules(rounds=3, quiet_s=0), drive)
     assert [load.url[-1] for load in seen] == ["a", "b", "b", "a", "a", "b"]
-    prompts = [bench_load.prompts_of(load) for load in seen]
+    prompts = [bench_drive.prompts_of(load) for load in seen]
     assert prompts[0] == prompts[1] != prompts[2] == prompts[3] != prompts[4] == prompts[5]
     assert {load.num_prompts for load in seen} == {4}
     values = bench_rounds.values_of(turns, bench_cases.OUTPUT)
@@ -124,6 +124,9 @@ def test_a_childs_processor_time_is_its_own_and_nobody_elses() -> None:
             os.sched_yield()
         assert child.pid in bench_machine.descendants([os.getpid()])
         assert bench_machine.descendants([child.pid]) == [child.pid]
+        assert bench_machine.running_s([child.pid]) == pytest.approx(
+            bench_machine.cpu_s([child.pid]), abs=0.1
+        )
         assert bench_machine.resident_bytes([child.pid]) > 1 << 20
         assert bench_machine.busy_s() > bench_machine.cpu_s([child.pid])
     finally:
@@ -201,7 +204,7 @@ def test_a_peer_is_started_asked_and_stopped(tmp_path: Path) -> None:
         assert bench_machine.listener(int(server.url.rsplit(":", 1)[1])) == pid
         assert server.start_s is not None
         assert server.start_s > 0
-        outcome = asyncio.run(bench_load.drive(Load(server.url, num_prompts=3, concurrency=1, output_len=1)))
+        outcome = asyncio.run(bench_drive.drive(Load(server.url, num_prompts=3, concurrency=1, output_len=1)))
         assert outcome.model == str(tmp_path / "folder")
         assert [sample.error for sample in outcome.samples] == ["", "", ""]
         running = Peer("there", "", url=server.url)
@@ -226,6 +229,28 @@ def test_a_peer_that_does_not_come_up_says_why(tmp_path: Path) -> None:
         bench_peers.serving(Peer("p", "", "http://127.0.0.1:9"), "s", tmp_path),
     ):
         pass
+
+
+def test_a_terminated_run_leaves_no_server(tmp_path: Path) -> None:
+    """SIGTERM, as `timeout` sends it, while a peer runs."""
+    (tmp_path / "stub.py").write_text(STUB)
+    script = f"""
+from pathlib import Path
+from penstock.local import bench_peers, spawn
+peer = bench_peers.parse({f"stub={sys.executable} {tmp_path / 'stub.py'} {{port}} m"!r})
+with spawn.sigterm_unwinds(), bench_peers.serving(peer, "s", Path("/")) as server:
+    print(server.roots[0], flush=True)
+    input()
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as child:
+        assert child.stdout is not None
+        pid = int(child.stdout.readline())
+        assert bench_machine.descendants([pid]) == [pid]
+        child.terminate()
+        assert child.wait(30) == 143
+    assert bench_machine.descendants([pid]) == []
 
 
 # ----------------------------------------------------------------------------------------------- table

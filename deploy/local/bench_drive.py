@@ -1,6 +1,6 @@
 """The load of one measurement, driven in a process of its own: closed loop, or arrivals of a Poisson process.
 
-    python -m penstock.local.bench_load < LOAD.json > OUTCOME.json
+    python -m penstock.local.bench_drive < LOAD.json > OUTCOME.json
 
 A process of its own, because the client must neither wait for what measures it nor share its interpreter; it
 can be pinned to cores. Knows requests and when to send them; no statistics.
@@ -149,7 +149,7 @@ def _cpu_s() -> float:
 
 def run_process(load: Load, timeout_s: float | None = None) -> Outcome:
     """drive, in a child process. Raises LoadFailed."""
-    words = [sys.executable, "-P", "-m", "penstock.local.bench_load"]
+    words = [sys.executable, "-P", "-m", "penstock.local.bench_drive"]
     try:
         done = subprocess.run(
             words, input=json.dumps(asdict(load)), capture_output=True, text=True, timeout=timeout_s
