@@ -99,6 +99,12 @@ def values_of(turns: dict[str, list[Turn]], metric: Metric) -> dict[str, list[fl
     return {name: [metric.of(one.report) for one in row] for name, row in turns.items()}
 
 
+def tokens_written(case: Case, turns: Sequence[Turn]) -> int:
+    """Into the server's KV cache, at least: disturbed tries, which are not kept, wrote more."""
+    own = case.input_len + case.output_len
+    return sum(case.shared + (case.warmup + one.report.requests) * own for one in turns)
+
+
 def worst_others(turns: dict[str, list[Turn]]) -> float:
     return max((one.noise.others for row in turns.values() for one in row), default=0.0)
 

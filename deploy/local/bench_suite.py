@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from penstock.engine_service.models.config import ModelSpec
 
 RUNTIME_ERROR, USAGE_ERROR = 1, 2
-# Enough for every case, and so few that a run touches all: then they are resident, and can be taken off.
+# Enough for every case.
 _KV_BLOCKS, _BLOCK_SIZE = 1024, 16
 _IDLE_S, _SETTLE_S = 10.0, 2.0
 _STEP_TIMEOUT_S = 300.0
@@ -73,6 +73,7 @@ class Suite:
         settings = {**asdict(options), "folders": {name: str(path) for name, path in options.folders.items()}}
         self.found = Findings(machine, asdict(self.ceilings), settings)
         self._plotted: dict[str, list[Report]] = {}
+        self._written = 0  # tokens the running server of ours has put into its KV pool, blocks reused counted
 
     def run(self) -> None:
         with tempfile.TemporaryDirectory(prefix="penstock-bench-") as name:
@@ -111,6 +112,7 @@ class Suite:
                     if peer.shape in ("", shape):
                         _say(f"{shape}: starting {peer.name}")
                         servers.append(stack.enter_context(bench_peers.serving(peer, shape, folder)))
+                self._written = 0
                 for case in self._cases(shape):
                     self._case(shape, case, servers, spec)
                 self._process_rows(shape, servers, spec, folder)
@@ -133,6 +135,7 @@ class Suite:
         except LoadFailed as error:
             self.found.skipped.append(f"{shape} {case.name}: {error}")
             return
+        self._written += bench_rounds.tokens_written(case, turns[OURS])
         for metric in case.metrics:
             self.found.rows.append(
                 Row(
@@ -167,8 +170,9 @@ class Suite:
                 if server.roots
             }
             self.found.rows.append(Row(shape, "memory", "resident, all processes", "MB", False, resident))
-            rest = [resident[OURS][0] - _weight_bytes(folder) / 1e6 - _kv_bytes(spec) / 1e6]
-            note = f"the KV pool of {_kv_bytes(spec) / 1e6:.0f} MB is taken off in whole"
+            pool = _kv_bytes(spec, min(self._written, _KV_BLOCKS * _BLOCK_SIZE)) / 1e6
+            rest = [resident[OURS][0] - _weight_bytes(folder) / 1e6 - pool]
+            note = "less what the cases have written into the KV pool, for the rest of it takes no memory yet"
             name = "above weights and KV pool"
             self.found.rows.append(Row(shape, "memory", name, "MB", False, {OURS: rest}, note=note))
 
@@ -223,10 +227,10 @@ def _weight_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
-def _kv_bytes(spec: ModelSpec) -> int:
+def _kv_bytes(spec: ModelSpec, tokens: int) -> int:
     from penstock.local.bench_shape import kv_bytes_per_token
 
-    return _KV_BLOCKS * _BLOCK_SIZE * kv_bytes_per_token(spec, 2)
+    return tokens * kv_bytes_per_token(spec, 2)
 
 
 def _say(what: str) -> None:

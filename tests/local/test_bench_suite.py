@@ -81,6 +81,7 @@ def test_servers_take_turns_with_the_same_prompts(quiet: list[float]) -> None:
     prompts = [bench_drive.prompts_of(load) for load in seen]
     assert prompts[0] == prompts[1] != prompts[2] == prompts[3] != prompts[4] == prompts[5]
     assert {load.num_prompts for load in seen} == {4}
+    assert bench_rounds.tokens_written(CASE, turns["peer"]) == 3 * (2 + 4) * (8 + 3)
     values = bench_rounds.values_of(turns, bench_cases.OUTPUT)
     assert values == {"penstock": [12.0] * 3, "peer": [12.0] * 3}
 
