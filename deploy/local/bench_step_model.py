@@ -30,15 +30,6 @@ from penstock.local import bench_shape
 
 BLOCK_SIZE = 16
 _SPARE_TOKENS = 64  # of each sequence's table, beyond the context
-# The ops that the native library has, as torch runs them.
-_TORCH = {
-    "activation": "reference",
-    "argmax": "reference",
-    "kv_write": "cpu",
-    "norm": "reference",
-    "paged_attention": "cpu",
-}
-
 Key = TypeVar("Key")
 
 
@@ -112,11 +103,17 @@ class StepModel:
         return str(seen.key_averages().table(sort_by="self_cpu_time_total", row_limit=16))
 
 
+def torch_ops() -> dict[str, str]:
+    """What runs each op in torch that the native library has too."""
+    native = [op for op in dispatch.ops() if dispatch.has(op, "native")]
+    return {op: "cpu" if dispatch.has(op, "cpu") else dispatch.REFERENCE for op in native}
+
+
 class _On:
     """Ops by that path inside a with block; the process's own choice after it."""
 
     def __init__(self, path: str) -> None:
-        self._names = _TORCH if path == "torch" else {}
+        self._names = torch_ops() if path == "torch" else {}
 
     def __enter__(self) -> None:
         for op, name in self._names.items():
