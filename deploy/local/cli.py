@@ -35,7 +35,7 @@ USAGE = {
     "tokenizer": " [MODEL]",
     "engine": " [MODEL]",
     "chat": "",
-    "bench": " serve|engine|kernels",
+    "bench": " serve|engine|frontend|kernels",
 }
 
 
@@ -201,6 +201,10 @@ def _bench(words: list[str]) -> int:
         from penstock.local import bench_kernels
 
         return bench_kernels.main(words[1:])
+    if words[:1] == ["frontend"]:
+        from penstock.local import bench_frontend
+
+        return bench_frontend.main(words[1:])
     if words[:1] == ["engine"]:
         from penstock.local import bench_engine
 
