@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from penstock.frontend.metrics import FrontendMetrics
-from penstock.frontend.sse import SseStream, StreamLimits
+from penstock.frontend.sse import SseStream, StreamLimits, WriteBatch
 from penstock.protos.errors import ApiError
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ class Context:
     answers: set[Answer] = field(default_factory=set)
     streams: set[SseStream] = field(default_factory=set)
     has_streams: asyncio.Event = field(default_factory=asyncio.Event)
+    writes: WriteBatch = field(default_factory=WriteBatch)
 
     def refuse_while_draining(self) -> None:
         if self.draining:

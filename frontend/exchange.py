@@ -14,7 +14,7 @@ import orjson
 from penstock.frontend.body import Receive, check_media_type, parse_object, read_body
 from penstock.frontend.http_protocol import EXTENSION, ClientConnection
 from penstock.frontend.request_id import clean_id, new_id
-from penstock.frontend.sse import Send, SseStream, StreamLimits
+from penstock.frontend.sse import Send, SseStream, StreamLimits, WriteBatch
 from penstock.protos.errors import ApiError
 
 JSON = b"application/json"
@@ -101,9 +101,9 @@ class Exchange:
             headers.append((b"connection", b"close"))
         await self.respond(error.http_status, orjson.dumps(error.body()), headers=headers)
 
-    def stream(self, limits: StreamLimits) -> SseStream:
+    def stream(self, limits: StreamLimits, writes: WriteBatch) -> SseStream:
         """A streaming answer; start it with `start_stream`."""
-        return SseStream(self._send, self.connection, limits)
+        return SseStream(self._send, self.connection, limits, writes)
 
     async def start_stream(self, stream: SseStream) -> None:
         self.status = 200

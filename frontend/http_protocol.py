@@ -27,6 +27,8 @@ _MAX_PIPELINED = 1000
 # Java's client offers h2c with every request. The parser takes the offer for the end of HTTP and drops the
 # body; a server may ignore it, so it is renamed before the parser sees it.
 _UPGRADE = re.compile(rb"\r\nupgrade:", re.IGNORECASE)
+# The first lines of chunks, for the sizes that nearly all have.
+_CHUNK_HEADS = [b"%x\r\n" % size for size in range(2048)]
 _HOST = re.compile(rb"[A-Za-z0-9._~\-\[\]:%]*")
 
 
@@ -39,18 +41,28 @@ class HttpLimits:
 
 
 class ClientConnection:
-    """What a response writer may know about its connection; in the scope's extensions under EXTENSION."""
+    """What the writer of one response may know about its connection; in the scope's extensions under
+    EXTENSION."""
 
-    __slots__ = ("_flow", "_transport")
+    __slots__ = ("_flow", "_transport", "cycle")
 
     def __init__(self, transport: asyncio.Transport, flow: FlowControl) -> None:
         self._transport = transport
         self._flow = flow
+        self.cycle: RequestResponseCycle | None = None  # the response's; set once its request's headers came
 
     @property
     def write_paused(self) -> bool:
         """Whether `send` would wait for the reader."""
         return self._flow.write_paused
+
+    def write_chunk(self, data: bytes) -> None:
+        """The same as `send` with a body and more to come, for a chunked answer that has begun: no coroutine,
+        no message. Dropped when the client is gone."""
+        if self.cycle is not None and not self.cycle.disconnected:
+            size = len(data)
+            head = _CHUNK_HEADS[size] if size < len(_CHUNK_HEADS) else b"%x\r\n" % size
+            self._transport.write(b"".join((head, data, b"\r\n")))
 
     def unsent_bytes(self) -> int:
         return self._transport.get_write_buffer_size()
@@ -84,7 +96,6 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._connection = ClientConnection(transport, self.flow)
         self._arm(self.limits.header_seconds)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -120,6 +131,7 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
+        self._connection = ClientConnection(self.transport, self.flow)
         self.scope["extensions"] = {EXTENSION: self._connection}  # type: ignore[dict-item]
         self._phase = _Phase.HEADERS
         self._began = True
@@ -146,6 +158,7 @@ class LimitedProtocol(HttpToolsProtocol):
         # The reader of the body answers 408 on time; this is for bodies that nobody reads.
         self._arm(self.limits.body_seconds + _DISCARD_SECONDS)
         super().on_headers_complete()
+        self._connection.cycle = self.cycle
         self._cycles.append(self.cycle)
 
     def on_body(self, body: bytes) -> None:

@@ -27,7 +27,8 @@ from penstock.frontend.effective import (
 )
 from penstock.frontend.errors import in_api_names, printable, unsupported, validation_error
 from penstock.frontend.exchange import Exchange
-from penstock.frontend.generation import Handle, TextOptions, submit
+from penstock.frontend.generation import TextOptions, submit
+from penstock.frontend.handle import Handle
 from penstock.frontend.prompts import encode_bad_words
 from penstock.frontend.tokenizer_client import ModelTokenizer
 from penstock.protos import engine_pb2, log
@@ -267,7 +268,7 @@ async def _answer_stream(
     exchange: Exchange, context: Context, plan: Plan, accounting: Accounting, frames: Frames
 ) -> None:
     options = plan.request.stream_options
-    stream = exchange.stream(context.stream_limits)
+    stream = exchange.stream(context.stream_limits, context.writes)
     streamed = StreamAnswer(
         accounting,
         len(plan.prompts),
@@ -345,6 +346,7 @@ async def _submit(
         plan.engine_requests[prompt],
         plan.options,
         listening.listeners[prompt],
+        on_text=listening.text_writer(prompt),
         timeout_s=remaining(exchange, plan.timeout_s),
     )
     listening.handles.append(handle)
