@@ -1,7 +1,7 @@
-"""The floor under a frontend: uvicorn and a few lines of ASGI that write constant bytes at the pace asked for.
+"""The floor under a frontend: uvicorn and a few lines of ASGI that write constant bytes at the asked pace.
 
-Run as `python -m penstock.local.bench_bare HOST PORT`. Reads `priority` (microseconds between two chunks, 0: as
-fast as they are taken) and `stream` from the body, as the stub engine does behind the frontend.
+Run as `python -m penstock.local.bench_bare HOST PORT`. Reads `priority` (microseconds between two chunks, 0:
+as fast as they are taken) and `stream` from the body, as the stub engine does behind the frontend.
 """
 
 from __future__ import annotations

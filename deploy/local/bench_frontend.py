@@ -164,6 +164,7 @@ def _run(options: Options, folder: Path) -> list[Row]:
                 job = Job("requests", 0, CHAT, 64, tokens=1, seconds=options.seconds)
                 for server, path in ((frontend, CHAT), (bare, CHAT), (frontend, COMPLETIONS)):
                     take("requests", server, dataclasses.replace(job, path=path))
+                take("answers", frontend, dataclasses.replace(job, kind="answers", path=COMPLETIONS))
         if "many" in options.parts:
             take("many", frontend, Job("whole", 0, CHAT, options.many, MANY_PACE_US, MANY_TOKENS))
         if "idle" in options.parts:
@@ -221,12 +222,15 @@ def _load(job: Job, cpus: set[int] | None) -> dict[str, Any]:
 
 def _figures(kind: str, count: dict[str, Any]) -> dict[str, float]:
     """What a row shows of what the client counted."""
-    seconds, units = count["seconds"], count["answers" if kind == "requests" else "tokens"]
+    closed = kind in ("requests", "answers")
+    seconds, units = count["seconds"], count["answers" if closed else "tokens"]
     found: dict[str, float] = {"errors": count["errors"], "cores": count["server_cpu_s"] / seconds}
     found["client_cores"] = count["client_cpu_s"] / seconds
     if units and kind != "idle":
         found["us"] = 1e6 * count["server_cpu_s"] / units
         found["per_s"] = units / seconds
+    if closed:
+        found["tokens_per_s"] = count["tokens"] / seconds
     if kind in ("stream", "whole") and count["chunks"]:
         found["tokens_per_read"] = count["tokens"] / count["chunks"]
     if kind in ("idle", "whole"):

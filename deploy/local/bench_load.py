@@ -24,6 +24,8 @@ from penstock.local.bench_stub import MARK, MODEL, NUM_STAMPS, STAMP_TICK_US, st
 _STAMP = re.compile(MARK.encode() + rb"(\d{5})")
 _MARK = MARK.encode()
 _DONE = b"data: [DONE]"
+_END = b"0\r\n\r\n"  # of a chunked body
+_USED = re.compile(rb'"completion_tokens":(\d+)')
 # Connections opened at a time: a listen queue is not what is measured here.
 _OPENING = 200
 
@@ -31,8 +33,8 @@ _OPENING = 200
 @dataclass(frozen=True, slots=True)
 class Job:
     """kind: "stream" (tokens within `seconds`, then the streams are cut), "whole" (each stream to its end of
-    `tokens`), "requests" (one-token answers, one after the other on each connection), "idle" (streams that
-    stay silent for `seconds`). pids: of the server."""
+    `tokens`), "requests" (whole answers of `tokens`, one after the other on each connection), "answers" (the
+    same, streamed), "idle" (streams that stay silent for `seconds`). pids: of the server."""
 
     kind: str
     port: int
@@ -64,7 +66,7 @@ def body_of(job: Job) -> bytes:
     """What every request of the job asks for: the plain case of a chat application."""
     chat = job.path.endswith("chat/completions")
     body: dict[str, Any] = {"model": MODEL, "priority": job.pace_us, "max_tokens": job.tokens}
-    body |= {"temperature": 0.7, "stop": ["\n\nUser:"]}
+    body |= {"temperature": 0, "stop": ["\n\nUser:"]}
     prompt = "What is the capital of France?"
     body |= {"messages": [{"role": "user", "content": prompt}]} if chat else {"prompt": prompt}
     if job.kind != "requests":
@@ -106,16 +108,26 @@ class Client(asyncio.Protocol):
             self._finish()
 
     def _answer(self, data: bytes) -> None:
-        data = self._held + data
-        head, end, body = data.partition(b"\r\n\r\n")
-        if not end or len(body) < _length(head):
-            self._held = data
-            return
-        self._held = b""
-        load = self._load
-        load.count.answers += 1
-        if not head.startswith(b"HTTP/1.1 200") or _MARK not in body:
-            load.count.errors += 1
+        """One answer after the other, each whole before the next request."""
+        load, count = self._load, self._load.count
+        if load.job.kind == "answers":
+            if not self._begun:
+                self._begun = True
+                count.errors += not data.startswith(b"HTTP/1.1 200")
+            if not data.endswith(_END):
+                return
+            self._begun = False
+        else:
+            data = self._held + data
+            head, end, body = data.partition(b"\r\n\r\n")
+            if not end or len(body) < _length(head):
+                self._held = data
+                return
+            self._held = b""
+            count.errors += not head.startswith(b"HTTP/1.1 200")
+        used = _USED.search(data)
+        count.answers += 1
+        count.tokens += int(used[1]) if used else 0
         if load.running and self.transport is not None:
             self.transport.write(load.request)
         else:
@@ -143,7 +155,7 @@ class Load:
         ).encode() + body
         self.job = job
         self.count = Count()
-        self.one_shot = job.kind == "requests"
+        self.one_shot = job.kind in ("requests", "answers")
         self.endless = job.kind in ("stream", "idle")
         self.running = True
         self._open = job.streams
@@ -167,7 +179,8 @@ class Load:
         elif self.one_shot:
             # The first answers open streams to the services and fill caches.
             await asyncio.sleep(min(0.5, job.seconds / 4))
-            count.answers, begin, cpu = 0, time.monotonic(), self._cpu()
+            count.answers = count.tokens = 0
+            begin, cpu = time.monotonic(), self._cpu()
             await asyncio.sleep(job.seconds)
         else:
             await asyncio.wait_for(self._all_started.wait(), 120)

@@ -67,7 +67,8 @@ def running(
     cpus: set[int] | None = None,
     stderr: IO[bytes] | None = None,
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """`python -m module arguments`, bound to cpus, its log to `stderr`; told to end on leaving, and killed if it does not."""
+    """`python -m module arguments`, bound to cpus, its log to `stderr`; told to end on leaving, and killed if
+    it does not."""
     process = subprocess.Popen(
         [sys.executable, "-P", "-m", module, *arguments],
         stdin=subprocess.PIPE,
