@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 
-import uvloop
-
 from penstock.frontend.app import Application
 from penstock.frontend.auth import KeyRing
 from penstock.frontend.config import FrontendConfig, parse_override
@@ -17,6 +15,7 @@ from penstock.frontend.metrics import FrontendMetrics
 from penstock.frontend.services import Services
 from penstock.frontend.sse import StreamLimits
 from penstock.protos import log as logs
+from penstock.protos import loop
 from penstock.protos.serving import on_shutdown_signal
 
 log = logging.getLogger("penstock.frontend")
@@ -29,8 +28,7 @@ def run(config: FrontendConfig) -> int:
     logs.setup("frontend", config.log_level, config.log_format)
     for name in ("uvicorn.error", "penstock.frontend.access"):
         logging.getLogger(name).setLevel(config.uvicorn_log_level.upper())
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(_serve(config))
+    return loop.run(_serve(config))
 
 
 async def _serve(config: FrontendConfig) -> int:

@@ -91,6 +91,8 @@ def _guard_unary(inner: Callable[..., Any], name: str) -> Callable[..., Any]:
             await context.abort_with_status(error.to_status())
         except (grpc.aio.AbortError, asyncio.CancelledError):
             raise
+        except NotImplementedError:  # the generated base class
+            await context.abort_with_status(_unimplemented().to_status())
         except Exception:
             await context.abort_with_status(_unexpected(name).to_status())
 
@@ -111,10 +113,16 @@ def _guard_stream(inner: Callable[..., Any], name: str) -> Callable[..., Any]:
             await context.abort_with_status(error.to_status())
         except (grpc.aio.AbortError, asyncio.CancelledError, GeneratorExit):
             raise
+        except NotImplementedError:  # the generated base class
+            await context.abort_with_status(_unimplemented().to_status())
         except Exception:
             await context.abort_with_status(_unexpected(name).to_status())
 
     return call
+
+
+def _unimplemented() -> ApiError:
+    return ApiError("unimplemented", "The service does not implement this call.")
 
 
 def _unexpected(name: str) -> ApiError:
