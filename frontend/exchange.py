@@ -57,7 +57,8 @@ class Exchange:
     async def json_object(self, max_bytes: int, seconds: float) -> dict[str, Any]:
         """The body as a JSON object. Raises ApiError as `body` says."""
         check_media_type(self.headers)
-        body = await read_body(self.headers, self._receive, max_bytes, seconds)
+        is_here = self.connection is not None and self.connection.has_whole_body
+        body = await read_body(self.headers, self._receive, max_bytes, seconds, is_here=is_here)
         self._body_read = True
         return parse_object(body)
 
@@ -117,6 +118,8 @@ class Exchange:
     async def while_connected(self, work: Coroutine[Any, Any, T]) -> T:
         """The result of `work`, which is cancelled when the client leaves: then ApiError
         client_disconnected."""
+        if self.connection is not None:
+            return await self.connection.while_connected(work)
         task = asyncio.ensure_future(work)
         watch = asyncio.ensure_future(self.disconnected())
         try:

@@ -203,11 +203,16 @@ class Generation:
         self._slot = engine.start(self._request, self, timeout_us)
 
     async def admitted(self) -> None:
+        timer = self._loop.call_later(ADMISSION_TIMEOUT_S, self._not_admitted)
         try:
-            await asyncio.wait_for(asyncio.shield(self._admission), ADMISSION_TIMEOUT_S)
-        except TimeoutError:
+            await self._admission
+        finally:
+            timer.cancel()
+
+    def _not_admitted(self) -> None:
+        if not self._admission.done():
+            self._refuse(ApiError("timeout", "The engine did not accept the request in time."))
             self.abort()
-            raise ApiError("timeout", "The engine did not accept the request in time.") from None
 
     def abort(self) -> None:
         self._end("aborted")

@@ -9,8 +9,9 @@ from __future__ import annotations
 import asyncio
 import enum
 import re
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import orjson
 from uvicorn.protocols.http.flow_control import FlowControl
@@ -18,6 +19,8 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from penstock.frontend.request_id import clean_id, new_id
 from penstock.protos.errors import ApiError
+
+T = TypeVar("T")
 
 EXTENSION = "penstock.connection"
 # How long an upload that nobody wants any more is read and dropped, so that the client sees our answer
@@ -44,12 +47,47 @@ class ClientConnection:
     """What the writer of one response may know about its connection; in the scope's extensions under
     EXTENSION."""
 
-    __slots__ = ("_flow", "_transport", "cycle")
+    __slots__ = ("_flow", "_on_lost", "_transport", "cycle")
 
     def __init__(self, transport: asyncio.Transport, flow: FlowControl) -> None:
         self._transport = transport
         self._flow = flow
+        self._on_lost: Callable[[], object] | None = None
         self.cycle: RequestResponseCycle | None = None  # the response's; set once its request's headers came
+
+    @property
+    def has_whole_body(self) -> bool:
+        """Whether the request's body is here already: reading it waits for nothing."""
+        return self.cycle is not None and not self.cycle.more_body
+
+    async def while_connected(self, work: Coroutine[Any, Any, T]) -> T:
+        """The result of `work`, which is cancelled when the client leaves: then ApiError
+        client_disconnected. Runs in the caller's own task."""
+        task = asyncio.current_task()
+        lost = self.cycle is not None and self.cycle.disconnected
+        if task is None or lost:
+            work.close()
+            raise _left()
+
+        def leave() -> None:
+            nonlocal lost
+            lost = True
+            task.cancel()
+
+        self._on_lost = leave
+        try:
+            return await work
+        except asyncio.CancelledError:
+            if lost and not task.uncancel():
+                raise _left() from None
+            raise
+        finally:
+            self._on_lost = None
+
+    def lose(self) -> None:
+        """The client is gone."""
+        if self._on_lost is not None:
+            self._on_lost()
 
     @property
     def write_paused(self) -> bool:
@@ -93,6 +131,7 @@ class LimitedProtocol(HttpToolsProtocol):
         self._deadline: asyncio.TimerHandle | None = None
         self._refusal: ApiError | None = None
         self._cycles: list[RequestResponseCycle] = []
+        self._responses: list[ClientConnection] = []  # of the cycles
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -105,7 +144,10 @@ class LimitedProtocol(HttpToolsProtocol):
             if not cycle.response_complete:
                 cycle.disconnected = True
             cycle.message_event.set()
+        for connection in self._responses:
+            connection.lose()
         self._cycles.clear()
+        self._responses.clear()
         self.pipeline.clear()
         super().connection_lost(exc)
 
@@ -153,6 +195,7 @@ class LimitedProtocol(HttpToolsProtocol):
         self._phase = _Phase.BODY
         self._consumed = True
         self._cycles = [cycle for cycle in self._cycles if not cycle.response_complete]
+        self._responses = [response for response in self._responses if response.cycle in self._cycles]
         if len(self._cycles) >= _MAX_PIPELINED:
             self._raise(ApiError("invalid_value", "Too many requests are pipelined on one connection."))
         # The reader of the body answers 408 on time; this is for bodies that nobody reads.
@@ -160,6 +203,7 @@ class LimitedProtocol(HttpToolsProtocol):
         super().on_headers_complete()
         self._connection.cycle = self.cycle
         self._cycles.append(self.cycle)
+        self._responses.append(self._connection)
 
     def on_body(self, body: bytes) -> None:
         self._consumed = True
@@ -227,6 +271,10 @@ class LimitedProtocol(HttpToolsProtocol):
             cycle.disconnected = True
             cycle.message_event.set()
         self.transport.close()
+
+
+def _left() -> ApiError:
+    return ApiError("client_disconnected", "The client closed the connection.")
 
 
 def _too_large(limits: HttpLimits) -> ApiError:

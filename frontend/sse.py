@@ -53,9 +53,9 @@ class StreamLimits:
 class WriteBatch:
     """Writes what the streams of one process have, together, before the event loop waits again.
 
-    A step's chunks are first all made and then all written: the same code stays in the processor's caches, and
-    readers on this machine are woken once rather than for each. Steps that come faster than the loop turns
-    share a chunk.
+    A step's chunks are first all made and then all written: the same code stays in the processor's caches,
+    and readers on this machine are woken once rather than for each. Steps that come faster than the loop
+    turns share a chunk.
     """
 
     # Streams written at a time, so that the first of many do not wait for the last.
@@ -137,7 +137,17 @@ class SseStream:
         self._quiet = 0
         if self._ended.done():
             return
-        if self._connection is None or self._held or self._finishing:
+        if self._writable() and self._held_bytes <= _PIECE_BYTES:
+            self._parked = False
+            held = b"".join(self._held)
+            self._held.clear()
+            self._held_bytes = 0
+            if self._finishing:
+                self._step(held)
+                self._end(True)
+            elif held:
+                self._connection.write_chunk(held)  # type: ignore[union-attr]
+        elif self._connection is None or self._held or self._finishing:
             self._task = asyncio.create_task(self._unpark())
         else:
             self._parked = False
@@ -169,7 +179,7 @@ class SseStream:
         if self._finishing:
             return
         data, self._unwritten = self._unwritten + data, b""
-        if self._parked or self._connection is None or self._connection.write_paused:
+        if self._parked or not self._writable():
             self._hold(data)
             self._finishing = True
         else:
@@ -198,6 +208,10 @@ class SseStream:
     async def ended(self) -> bool:
         """Waits for the end: True when the whole body went to the transport, False after an abort."""
         return await asyncio.shield(self._ended)
+
+    def _writable(self) -> bool:
+        """Whether bytes can go to the transport without waiting."""
+        return self._connection is not None and not self._connection.write_paused
 
     def _end(self, whole: bool) -> None:
         if not self._ended.done():

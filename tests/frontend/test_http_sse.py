@@ -188,6 +188,7 @@ async def test_a_failing_send_ends_the_stream() -> None:
             raise RuntimeError("broken")
 
     stream = SseStream(send, link, StreamLimits(), WriteBatch())  # type: ignore[arg-type]
+    link.pause()  # so that a task writes it
     stream.write(b"held")
     await stream.start([])
     assert not await stream.ended()
