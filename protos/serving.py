@@ -7,6 +7,7 @@ import contextlib
 import inspect
 import logging
 import os
+import resource
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
@@ -196,6 +197,14 @@ class GrpcService:
         not count."""
         self._health.closing.set()
         await self._server.stop(grace_s)
+
+
+def raise_file_limit() -> None:
+    """As many open files as the system lets this process have: each connection is one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with contextlib.suppress(OSError, ValueError):  # macOS has a limit of its own below "unlimited"
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def on_shutdown_signal(callback: Callable[[], None]) -> None:

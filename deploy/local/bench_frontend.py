@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from penstock.local.bench_load import Job
-from penstock.local.bench_processes import cores, raise_file_limit, running, tree
+from penstock.local.bench_processes import cores, running, tree
+from penstock.protos.serving import raise_file_limit
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 PARTS = ("tokens", "latency", "requests", "idle", "many")
@@ -180,7 +181,7 @@ def _servers(
 
     targets = {name: f"unix:{folder}/{name}.sock" for name in ("engine", "tokenizer")}
     port, bare_port = free_port("127.0.0.1", 0), free_port("127.0.0.1", 0)
-    words = ["frontend", "--port", str(port)]
+    words = ["frontend", "--port", str(port), "--workers", str(options.workers)]
     words += [f"--{name}={target}" for name, target in targets.items()]
     with contextlib.ExitStack() as stack:
         log = stack.enter_context(open(folder / "frontend.log", "wb"))

@@ -18,8 +18,9 @@ from typing import Any
 import uvloop
 
 from penstock.local import lifeline
-from penstock.local.bench_processes import cpu_s, raise_file_limit, rss_bytes
+from penstock.local.bench_processes import cpu_s, rss_bytes
 from penstock.local.bench_stub import MARK, MODEL, NUM_STAMPS, STAMP_TICK_US, stamp_now
+from penstock.protos.serving import raise_file_limit
 
 _STAMP = re.compile(MARK.encode() + rb"(\d{5})")
 _MARK = MARK.encode()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -43,15 +42,6 @@ def tree(pid: int) -> tuple[int, ...]:
             with contextlib.suppress(OSError):
                 found += map(int, task.read_text().split())
     return tuple(found)
-
-
-def raise_file_limit() -> int:
-    """As many open files as the system lets this process have; how many those are."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        with contextlib.suppress(OSError, ValueError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
 def cores() -> tuple[set[int], set[int]] | None:
