@@ -27,6 +27,7 @@ EXTENSION = "penstock.connection"
 # instead of a reset.
 _DISCARD_SECONDS = 5.0
 _MAX_PIPELINED = 1000
+_INTERIM = b"HTTP/1.1 100"
 # Java's client offers h2c with every request. The parser takes the offer for the end of HTTP and drops the
 # body; a server may ignore it, so it is renamed before the parser sees it.
 _UPGRADE = re.compile(rb"\r\nupgrade:", re.IGNORECASE)
@@ -43,14 +44,52 @@ class HttpLimits:
     body_seconds: float = 60.0
 
 
+class _Joined:
+    """The transport as one response has it: its head waits for the body's first bytes and goes out with them,
+    or alone before long. One write less for each answer, and one thing less to wake a reader for."""
+
+    __slots__ = ("_head", "_loop", "_transport")
+
+    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
+        self._transport = transport
+        self._loop = loop
+        self._head: bytes | None = None  # None: not written yet
+
+    def write(self, data: bytes) -> None:
+        if self._head is None and not data.startswith(_INTERIM):
+            self._head = data
+            # After a second turn: the first bytes of a stream are written within one.
+            self._loop.call_soon(self._loop.call_soon, self.flush)
+            return
+        if self._head:
+            data, self._head = self._head + data, b""
+        self._transport.write(data)
+
+    def flush(self) -> None:
+        if self._head:
+            head, self._head = self._head, b""
+            if not self._transport.is_closing():
+                self._transport.write(head)
+
+    def close(self) -> None:
+        self.flush()
+        self._transport.close()
+
+    def is_closing(self) -> bool:
+        return self._transport.is_closing()
+
+
 class ClientConnection:
     """What the writer of one response may know about its connection; in the scope's extensions under
     EXTENSION."""
 
-    __slots__ = ("_flow", "_on_lost", "_transport", "cycle")
+    __slots__ = ("_flow", "_on_lost", "_transport", "cycle", "joined")
 
-    def __init__(self, transport: asyncio.Transport, flow: FlowControl) -> None:
+    def __init__(
+        self, transport: asyncio.Transport, flow: FlowControl, loop: asyncio.AbstractEventLoop
+    ) -> None:
         self._transport = transport
+        self.joined = _Joined(transport, loop)
         self._flow = flow
         self._on_lost: Callable[[], object] | None = None
         self.cycle: RequestResponseCycle | None = None  # the response's; set once its request's headers came
@@ -100,7 +139,7 @@ class ClientConnection:
         if self.cycle is not None and not self.cycle.disconnected:
             size = len(data)
             head = _CHUNK_HEADS[size] if size < len(_CHUNK_HEADS) else b"%x\r\n" % size
-            self._transport.write(b"".join((head, data, b"\r\n")))
+            self.joined.write(b"".join((head, data, b"\r\n")))
 
     def unsent_bytes(self) -> int:
         return self._transport.get_write_buffer_size()
@@ -173,7 +212,7 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        self._connection = ClientConnection(self.transport, self.flow)
+        self._connection = ClientConnection(self.transport, self.flow, self.loop)
         self.scope["extensions"] = {EXTENSION: self._connection}  # type: ignore[dict-item]
         self._phase = _Phase.HEADERS
         self._began = True
@@ -202,6 +241,7 @@ class LimitedProtocol(HttpToolsProtocol):
         self._arm(self.limits.body_seconds + _DISCARD_SECONDS)
         super().on_headers_complete()
         self._connection.cycle = self.cycle
+        self.cycle.transport = self._connection.joined  # type: ignore[assignment]
         self._cycles.append(self.cycle)
         self._responses.append(self._connection)
 
@@ -215,6 +255,8 @@ class LimitedProtocol(HttpToolsProtocol):
         super().on_message_complete()
 
     def on_response_complete(self) -> None:
+        for response in self._responses:
+            response.joined.flush()  # a head without a body
         super().on_response_complete()
         if self._phase is _Phase.BODY and self.cycle.response_complete and not self.transport.is_closing():
             self._arm(_DISCARD_SECONDS)
@@ -265,6 +307,8 @@ class LimitedProtocol(HttpToolsProtocol):
         self._disarm()
         own = self.cycle if self._phase is _Phase.BODY else None
         others = any(cycle is not own and not cycle.response_complete for cycle in self._cycles)
+        for response in self._responses:
+            response.joined.flush()
         if not others and (own is None or not own.response_started):
             self.transport.write(_answer(error, self.headers or []))
         for cycle in self._cycles:
