@@ -152,7 +152,7 @@ class Generation:
         self._request = request
         self._listener = listener
         self._vocabulary = vocabulary
-        self._prompt_ids = list(request.prompt_ids.ids)
+        self._prompt_ids: Sequence[int] = request.prompt_ids.ids
         self._loop = asyncio.get_running_loop()
         self._deadline = None if timeout_s is None else self._loop.time() + timeout_s
         self._timer: asyncio.TimerHandle | None = None

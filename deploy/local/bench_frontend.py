@@ -28,9 +28,10 @@ from penstock.protos.serving import raise_file_limit
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 PARTS = ("tokens", "latency", "requests", "idle", "many")
 START_S = 30.0
-# 1,000 readers at a human pace, and silent ones.
-MANY_PACE_US, MANY_TOKENS = 200_000, 40
-IDLE_PACE_US = 2**31 - 1
+# Of the parts many (five tokens a second, as people read) and idle (silent).
+MANY_PACE_US, IDLE_PACE_US = 200_000, 2**31 - 1
+# How much longer these two are measured: opening that many connections takes a while itself.
+LONGER = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,9 +168,11 @@ def _run(options: Options, folder: Path) -> list[Row]:
                     take("requests", server, dataclasses.replace(job, path=path))
                 take("answers", frontend, dataclasses.replace(job, kind="answers", path=COMPLETIONS))
         if "many" in options.parts:
-            take("many", frontend, Job("whole", 0, CHAT, options.many, MANY_PACE_US, MANY_TOKENS))
+            tokens = max(2, int(LONGER * options.seconds * 1e6 / MANY_PACE_US))
+            take("many", frontend, Job("whole", 0, CHAT, options.many, MANY_PACE_US, tokens))
         if "idle" in options.parts:
-            take("idle", frontend, Job("idle", 0, CHAT, options.idle, IDLE_PACE_US, seconds=5.0))
+            seconds = LONGER * options.seconds
+            take("idle", frontend, Job("idle", 0, CHAT, options.idle, IDLE_PACE_US, seconds=seconds))
     return rows
 
 
