@@ -16,6 +16,10 @@ log = logging.getLogger("penstock.tokenizer.multiplex")
 _MAX_BATCH_BYTES = 8 << 20
 # A caller that does not read its answers is read no further.
 _MAX_UNREAD_BYTES = 64 << 20
+# With so many calls still running an answer waits for more to go with it: a message of its own would cost
+# this service, the frontend and then the engine far more CPU than the work in it.
+_BUSY_CALLS = 4
+_GATHER_S = 0.001
 
 Render: TypeAlias = Callable[[pb.RenderRequest], Awaitable[pb.RenderResponse]]
 Encode: TypeAlias = Callable[[pb.EncodeRequest], Awaitable[pb.EncodeResponse]]
@@ -43,6 +47,8 @@ class CallStream:
         reader = asyncio.create_task(self._read(requests))
         try:
             while await self._next():
+                if len(self._running) >= _BUSY_CALLS:
+                    await asyncio.sleep(_GATHER_S)
                 await self._write(self._batch())
             await reader  # raises what ended it
         finally:
