@@ -65,6 +65,25 @@ class StubTokenizer(tokenizer_pb2_grpc.TokenizerServicer):
         rows = [tokenizer_pb2.Encoding(ids=_PROMPT_IDS) for _ in request.texts]
         return tokenizer_pb2.EncodeResponse(encodings=rows)
 
+    async def Multiplex(
+        self,
+        requests: AsyncIterator[tokenizer_pb2.TokenizerCalls],
+        context: grpc.aio.ServicerContext,
+    ) -> None:
+        await context.send_initial_metadata(())
+        async for message in requests:
+            answers = []
+            for call in message.calls:
+                answer = tokenizer_pb2.TokenizerAnswer(number=call.number)
+                if call.HasField("render"):
+                    answer.render.ids.extend(_PROMPT_IDS)
+                else:
+                    for _ in call.encode.texts:
+                        answer.encode.encodings.add(ids=_PROMPT_IDS)
+                answers.append(answer)
+            if answers:
+                await context.write(tokenizer_pb2.TokenizerAnswers(answers=answers))
+
     async def GetTokenizer(
         self, request: tokenizer_pb2.GetTokenizerRequest, context: object
     ) -> AsyncIterator[tokenizer_pb2.TokenizerChunk]:
