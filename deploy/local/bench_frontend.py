@@ -32,6 +32,7 @@ START_S = 30.0
 MANY_PACE_US, IDLE_PACE_US = 200_000, 2**31 - 1
 # How much longer these two are measured: opening that many connections takes a while itself.
 LONGER = 2
+WARM_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +153,9 @@ def _run(options: Options, folder: Path) -> list[Row]:
             figures = _figures(job.kind, _load(asked, load_cpus))
             rows.append(Row(part, server.name, endpoint, job.streams, job.pace_us / 1000, figures))
 
+        for server in (frontend, bare):  # pieces of text are made when they are first seen
+            warm = Job("stream", server.port, CHAT, 64, 5000, seconds=WARM_S, pids=server.pids)
+            _load(warm, load_cpus)
         for _ in range(options.rounds):
             for step_ms in options.steps_ms if "tokens" in options.parts else ():
                 for streams in options.streams:

@@ -27,6 +27,7 @@ NUM_STAMPS = 100_000
 MARK = "~"  # starts the text of every token, and occurs nowhere else in an answer
 _PROMPT_IDS = list(range(16))
 _MAX_MODEL_LEN = 1 << 20
+_ENDLESS_TOKENS, _QUIET_S = 10_000, 0.2
 
 
 def stamp_now() -> int:
@@ -169,6 +170,9 @@ class _Stream:
             group = self._groups.setdefault(pace_us, _Group())
             group.left[start.slot] = request.stop.max_new_tokens
             group.fresh.append(start.slot)
+            if not pace_us and request.stop.max_new_tokens > _ENDLESS_TOKENS:
+                # All are let in first: behind a full stream of tokens the last would wait for seconds.
+                group.begin_at = time.monotonic() + _QUIET_S
             task = self._tasks.get(pace_us)
             if task is None or task.done():
                 self._tasks[pace_us] = asyncio.create_task(self._run(group, pace_us / 1e6))
@@ -177,6 +181,7 @@ class _Stream:
         clock = asyncio.get_running_loop().time
         due = clock()
         while group.left:
+            await group.wait(group.begin_at - time.monotonic())
             await self.write(group.step())
             if pace_s:
                 due = max(due + pace_s, clock())
@@ -194,11 +199,12 @@ class _Stream:
 
 
 class _Group:
-    """left: slot to tokens left. fresh: slots without a token yet."""
+    """left: slot to tokens left. fresh: slots without a token yet. begin_at: no token before (monotonic)."""
 
     def __init__(self) -> None:
         self.left: dict[int, int] = {}
         self.fresh: list[int] = []
+        self.begin_at = 0.0
 
     async def wait(self, seconds: float) -> None:
         if seconds > 0:
