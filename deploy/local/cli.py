@@ -35,7 +35,7 @@ USAGE = {
     "tokenizer": " [MODEL]",
     "engine": " [MODEL]",
     "chat": "",
-    "bench": " serve|offline|step|suite|engine|kernels",
+    "bench": " serve|offline|step|frontend|suite|engine|kernels",
 }
 
 
@@ -193,6 +193,7 @@ def _chat(words: list[str]) -> int:
 # `penstock bench NAME`: the module whose main(words) runs it. `serve` resolves a config, so it is not here.
 _BENCHES = {
     "engine": "bench_engine",
+    "frontend": "bench_frontend",
     "kernels": "bench_kernels",
     "offline": "bench_offline",
     "step": "bench_step",
