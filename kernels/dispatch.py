@@ -19,6 +19,7 @@ _BY_DEVICE: dict[str, dict[str, tuple[str, ...]]] = {
     "activation": {"cpu": ("native",), "cuda": ("triton",)},
     "embedding": {"cuda": ("triton",)},
     "inputs": {"cuda": ("triton",)},
+    "int8": {"cpu": ("cpu",)},
     "kv_write": {"cpu": ("native", "cpu"), "cuda": ("triton",)},
     "logits": {"cpu": ("native",)},
     "norm": {"cpu": ("native",), "cuda": ("triton",)},
