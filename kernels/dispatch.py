@@ -20,6 +20,7 @@ _BY_DEVICE: dict[str, dict[str, tuple[str, ...]]] = {
     "embedding": {"cuda": ("triton",)},
     "inputs": {"cuda": ("triton",)},
     "kv_write": {"cpu": ("native", "cpu"), "cuda": ("triton",)},
+    "linear": {"cpu": ("native",)},
     "logits": {"cpu": ("native",)},
     "norm": {"cpu": ("native",), "cuda": ("triton",)},
     "paged_attention": {"cpu": ("native", "cpu"), "cuda": ("triton",)},
