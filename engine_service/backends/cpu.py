@@ -1,5 +1,5 @@
-"""The CPU: thread count, memory within the container's limits, linears over packed weights: the native library's
-where it has faster ones, else oneDNN's."""
+"""The CPU: thread count, memory within the container's limits, linears over packed weights (the native
+library's where it has faster ones, else oneDNN's)."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class CpuBackend:
         if kernel.suits(weight):
             return kernel.prepare(weight, bias)
         if weight.dtype in self._packable and weight.numel() >= _PACK_FROM[weight.dtype]:
-            return _PackedLinear(weight, bias)
+            return OneDnnLinear(weight, bias)
         return _PlainLinear(weight, bias)
 
     def head(self, weight: Tensor) -> Linear:
@@ -65,7 +65,7 @@ class _PlainLinear:
         return F.linear(x, self._weight, self._bias)
 
 
-class _PackedLinear:
+class OneDnnLinear:
     """The weight reordered once into the blocks the matrix units read; the plain copy is not kept."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:

@@ -21,9 +21,9 @@ def prepare(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
     """Copies weight [outputs, columns] into its own layout; drop the original. bias [outputs] or None, in the
     weight's dtype, which is bfloat16.
 
-    The function returned takes x [n, columns] bfloat16, whose rows may be strided, and gives [n, outputs]: sums
-    in float32, rounded once, after the bias. A row's result depends neither on the rows beside it nor on the
-    number of threads, bit for bit, where the implementation is native. Raises ValueError for what does not fit.
+    The function returned takes x [n, columns] bfloat16, whose rows may be strided, and gives [n, outputs]:
+    sums in float32, rounded once, after the bias. Of the native one a row's result depends neither on the
+    rows beside it nor on the number of threads, bit for bit. Raises ValueError for what does not fit.
     """
     linear: Callable[[Tensor], Tensor] = implementation("linear", weight.device.type).prepare(weight, bias)
     return linear

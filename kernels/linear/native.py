@@ -9,24 +9,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from penstock.kernels.native.library import INT, INT64, POINTER, bind, check, library, threads_for
+from penstock.kernels.native.library import INT, INT64, POINTER, check, library, reason, threads_for
 
 _PANEL = 32  # outputs
 _ROWS_AT_ONCE = 8  # take about as long as one: the weight's bytes
 
+_opened = library()
+if _opened is None:
+    raise ImportError(reason())
 try:
-    _pack = bind(__name__, "_pack", "linear_pack", POINTER, INT64, POINTER, INT64, INT64, INT)
-    _linear = bind(
-        __name__, "_linear", "linear", POINTER, INT64, POINTER, POINTER, POINTER, *[INT64] * 3, INT
-    )
+    # Not by `bind`: the other instruction sets have nothing to bind again.
+    _pack = _opened.function("linear_pack", POINTER, INT64, POINTER, INT64, INT64, INT)
+    _linear = _opened.function("linear", POINTER, INT64, *[POINTER] * 3, *[INT64] * 3, INT)
 except AttributeError:
     raise ImportError("linears of the native library need AVX512-BF16") from None
+_richest = _opened.isa
 
 
 def suits(weight: Tensor) -> bool:
     # With AMX oneDNN has far more arithmetic than pair products have.
-    opened = library()
-    return weight.dtype is torch.bfloat16 and opened is not None and opened.isa == "avx512bf16"
+    return weight.dtype is torch.bfloat16 and _richest == "avx512bf16"
 
 
 def prepare(weight: Tensor, bias: Tensor | None) -> _Linear:

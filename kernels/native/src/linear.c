@@ -17,7 +17,8 @@ enum {
     BLOCK_ROWS = 192,  /* that stay in the second-level cache, a chunk at a time */
     CHUNK_PAIRS = 512, /* of columns, where there is more than a tile of rows */
     GROUP_PANELS = 4,  /* whose sums wait while the chunks go by: 96 KiB on the stack */
-    TASKS_A_THREAD = 4,
+    TASKS_A_THREAD = 4,       /* few long reads */
+    SMALL_TASKS_A_THREAD = 16, /* where arithmetic takes the time */
     FETCHING_ROWS = 4, /* with fewer the processor's own fetching is as fast as memory */
     AHEAD_BYTES = 8192
 };
@@ -146,7 +147,8 @@ PS_EXPORT int PS_FN(linear)(
         l.chunk_pairs = (l.pairs + chunks - 1) / chunks;
     }
     const int64_t blocks = (rows + BLOCK_ROWS - 1) / BLOCK_ROWS;
-    const int64_t wanted = threads > 1 ? ((int64_t)threads * TASKS_A_THREAD + blocks - 1) / blocks : 1;
+    const int64_t tasks = threads * (int64_t)(rows > MOST_ROWS ? SMALL_TASKS_A_THREAD : TASKS_A_THREAD);
+    const int64_t wanted = threads > 1 ? (tasks + blocks - 1) / blocks : 1;
     const int64_t least = l.pairs > l.chunk_pairs ? (l.panels + GROUP_PANELS - 1) / GROUP_PANELS : 1;
     l.groups = wanted > least ? wanted : least;
     if (l.groups > l.panels)
