@@ -21,6 +21,7 @@ _BY_DEVICE: dict[str, dict[str, tuple[str, ...]]] = {
     "inputs": {"cuda": ("triton",)},
     "int8": {"cpu": ("cpu",)},
     "kv_write": {"cpu": ("native", "cpu"), "cuda": ("triton",)},
+    "linear": {"cpu": ("native",)},
     "logits": {"cpu": ("native",)},
     "norm": {"cpu": ("native",), "cuda": ("triton",)},
     "paged_attention": {"cpu": ("native", "cpu"), "cuda": ("triton",)},

@@ -1,4 +1,5 @@
-"""The CPU: thread count, memory within the container's limits, linears in oneDNN's own weight layout."""
+"""The CPU: thread count, memory within the container's limits, linears over packed weights (the native
+library's where it has faster ones, else oneDNN's)."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from penstock.engine_service.backends.base import Linear
 from penstock.engine_service.machine import available_memory, cgroup_cores, usable_cores
+from penstock.kernels import linear as kernel
 
 _GIB = 1 << 30
 _MAX_DEFAULT_CACHE = 4 * _GIB
@@ -29,8 +31,10 @@ class CpuBackend:
         self._packable = _packable_dtypes()
 
     def linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
+        if kernel.suits(weight):
+            return kernel.prepare(weight, bias)
         if weight.dtype in self._packable and weight.numel() >= _PACK_FROM[weight.dtype]:
-            return _PackedLinear(weight, bias)
+            return OneDnnLinear(weight, bias)
         return _PlainLinear(weight, bias)
 
     def head(self, weight: Tensor) -> Linear:
@@ -61,7 +65,7 @@ class _PlainLinear:
         return F.linear(x, self._weight, self._bias)
 
 
-class _PackedLinear:
+class OneDnnLinear:
     """The weight reordered once into the blocks the matrix units read; the plain copy is not kept."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
