@@ -1,7 +1,8 @@
 """Times the CPU's bf16 linears, ours and oneDNN's by turns, on the layers of two model shapes.
 
 Few rows: as many copies of a weight as no cache holds, one after the other, in GB/s of weights. Many rows:
-GFLOP/s. One thread: its own time, which other work does not disturb; several: the wall clock. Least of some rounds.
+GFLOP/s. One thread: its own time, which other work does not disturb; several: the wall clock. Least of some
+rounds.
 
 Example: GLIBC_TUNABLES=glibc.malloc.hugetlb=1 python benchmarks/linear.py --shape 160m --threads 1
 """
