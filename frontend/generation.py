@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from penstock.frontend.logprobs import LogprobRow, TokenLogprob, entry, prompt_entries
-from penstock.frontend.text.pipeline import TextPipeline
+from penstock.frontend.text.pipeline import TextPipeline, TextSink
 from penstock.frontend.text.vocabulary import Vocabulary
 from penstock.protos import common_pb2, engine_pb2
 from penstock.protos.errors import ApiError
@@ -39,7 +39,8 @@ class TextOptions:
     """How token ids become text.
 
     stop: strings that end a choice; include_stop keeps the one found. logprobs: alternatives wanted per
-    token, None: no log-probabilities. keep_token_ids: fill `Delta.token_ids`.
+    token, None: no log-probabilities. keep_token_ids: fill `Delta.token_ids`. sinks: one per choice, shown its
+    text before the listener is. shown_special: special tokens that are shown although the others are skipped.
     """
 
     skip_special_tokens: bool = True
@@ -48,6 +49,8 @@ class TextOptions:
     include_stop: bool = False
     logprobs: int | None = None
     keep_token_ids: bool = False
+    sinks: tuple[TextSink, ...] = ()
+    shown_special: tuple[str, ...] = ()
 
 
 @dataclass(slots=True)
@@ -59,6 +62,7 @@ class Usage:
     completion_tokens: int = 0
     drafted_tokens: int = 0
     accepted_draft_tokens: int = 0
+    reasoning_tokens: int = 0
 
 
 @dataclass(slots=True)
@@ -206,9 +210,11 @@ class Generation:
                     stop=options.stop,
                     include_stop=options.include_stop,
                     min_tokens=request.stop.min_new_tokens,
+                    sink=options.sinks[choice] if options.sinks else None,
+                    shown_special=options.shown_special,
                 )
             )
-            for _ in range(request.n if request.HasField("n") else 1)
+            for choice in range(request.n if request.HasField("n") else 1)
         ]
         self._num_running = len(self._choices)  # whose finish the listener has not got
         self._num_at_engine = len(self._choices)  # that the engine has not finished
