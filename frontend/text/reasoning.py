@@ -83,7 +83,7 @@ class ReasoningParser:
         if self._state in (_State.START, _State.ENTERED):
             text = self._open(text)
         reasoning = ""
-        if self.inside:
+        if self.inside and text:
             reasoning, text = self._reason(text)
         return reasoning, self._answer(text) if not self.inside else ""
 

@@ -260,7 +260,7 @@ class ToolParser:
                 if not (yield from reader.accept(",")):
                     yield from reader.accept(";")
         except (JsonError, NotACall):
-            self.not_a_call(lead, invalid=not known)
+            self.not_a_call(lead, invalid=not known or self.num_calls > first)
         finally:
             reader.forget()
 

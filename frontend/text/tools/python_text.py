@@ -31,7 +31,12 @@ def value(reader: Reader, out: Out, depth: int = 0) -> Steps[None]:
         reader.skip()
         yield from _items(reader, out, first, depth + 1)
     else:
-        out(_scalar((yield from reader.word(_WORD, MAX_SCALAR))))
+        word = yield from reader.word(_WORD, MAX_SCALAR)
+        try:
+            out(_scalar(word))
+        except JsonError:
+            out(word)
+            raise
 
 
 def _items(reader: Reader, out: Out, opening: str, depth: int) -> Steps[None]:

@@ -46,7 +46,7 @@ class Pythonic(ToolParser):
                 yield from reader.spaces()
                 yield from reader.accept(",")
         except (JsonError, NotACall):
-            self.not_a_call(lead, invalid=not known)
+            self.not_a_call(lead, invalid=not known or self.num_calls > first)
         finally:
             reader.forget()
 
@@ -58,14 +58,14 @@ class Pythonic(ToolParser):
         self.begin(name)
         self.argue("{")
         try:
-            yield from self._arguments(name)
+            yield from self._parameters(name)
         except JsonError:
             yield from self.spoiled((MARK_END,))
         else:
             self.argue("}")
             self.end()
 
-    def _arguments(self, function: str) -> Steps[None]:
+    def _parameters(self, function: str) -> Steps[None]:
         reader = self.reader
         order = list(self.tools.properties(function))
         count = 0

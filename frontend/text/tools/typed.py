@@ -67,7 +67,9 @@ def _as_json(text: str) -> str | None:
 
 def _allowed(text: str, types: frozenset[str]) -> bool:
     first = text[0]
-    kind = {"{": "object", "[": "array", '"': "string", "t": "boolean", "f": "boolean", "n": "null"}.get(first)
+    kind = {"{": "object", "[": "array", '"': "string", "t": "boolean", "f": "boolean", "n": "null"}.get(
+        first
+    )
     return kind in types if kind is not None else bool({"number", "integer"} & types)
 
 
