@@ -69,7 +69,7 @@ class ChatFrames:
             choice: dict[str, Any] = {
                 "index": index,
                 "delta": {"content": delta.text},
-                "logprobs": _logprobs(self._identity, delta.logprobs),
+                "logprobs": choice_logprobs(self._identity, delta.logprobs),
                 "finish_reason": None,
             }
             if self._identity.with_token_ids:
@@ -118,7 +118,7 @@ def _whole_choice(identity: Identity, index: int, choice: Collected) -> dict[str
     body = {
         "index": index,
         "message": {"role": "assistant", "content": choice.text, "refusal": None},
-        "logprobs": _logprobs(identity, choice.logprobs),
+        "logprobs": choice_logprobs(identity, choice.logprobs),
         "finish_reason": choice.finish_reason,
         "stop_reason": choice.stop_reason,
     }
@@ -127,5 +127,5 @@ def _whole_choice(identity: Identity, index: int, choice: Collected) -> dict[str
     return body
 
 
-def _logprobs(identity: Identity, entries: Any) -> dict[str, Any] | None:
+def choice_logprobs(identity: Identity, entries: Any) -> dict[str, Any] | None:
     return {"content": chat_content(entries), "refusal": None} if identity.with_logprobs else None

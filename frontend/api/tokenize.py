@@ -73,7 +73,13 @@ async def _rendered(exchange: Exchange, context: Context, raw: dict[str, Any]) -
     model = context.services.resolve(request.model)
     tokenizer = context.services.tokenizer_for(model)
     answer = await render_chat(
-        tokenizer, model, request, raw["messages"], exchange.request_id, timeout_of(exchange)
+        tokenizer,
+        model,
+        request,
+        raw["messages"],
+        exchange.request_id,
+        timeout_of(exchange),
+        request.tool_use(),
     )
     return list(answer.ids)
 

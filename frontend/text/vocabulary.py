@@ -37,6 +37,7 @@ class Vocabulary:
         self.family: Family = self._bytes.family
         added = tokenizer.get_added_tokens_decoder()
         self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
+        self.added_ids = {token.content: token_id for token_id, token in added.items()}
         self.special_text = {token_id: added[token_id].content for token_id in self.special_ids}
         self._shown = Pieces(self, frozenset())
         self._skipped: dict[frozenset[int], Pieces] = {frozenset(): Pieces(self, self.special_ids)}

@@ -118,7 +118,11 @@ async def test_messages(served: Any) -> None:
     history = [
         {"role": "developer", "content": "be brief"},
         {"role": "user", "content": "2+2?"},
-        {"role": "assistant", "content": None, "tool_calls": [{"id": "1", "type": "function"}]},
+        {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [{"id": "1", "type": "function", "function": {"name": "add", "arguments": "{}"}}],
+        },
         {"role": "tool", "content": "4", "tool_call_id": "1"},
     ]
     assert (await served.chat(messages=history, max_tokens=1)).status_code == 200
@@ -128,11 +132,6 @@ async def test_messages(served: Any) -> None:
 
 
 REFUSED = [
-    ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools", "chat"),
-    ({"tool_choice": "required"}, "tool_choice", "chat"),
-    ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice", "chat"),
-    ({"functions": [{"name": "f"}]}, "functions", "chat"),
-    ({"function_call": {"name": "f"}}, "function_call", "chat"),
     ({"audio": {"voice": "x", "format": "wav"}}, "audio", "chat"),
     ({"modalities": ["text", "audio"]}, "modalities", "chat"),
     ({"web_search_options": {}}, "web_search_options", "chat"),

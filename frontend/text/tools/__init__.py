@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from penstock.frontend.text.tools.base import ToolParser
-from penstock.frontend.text.tools.deepseek import DeepSeek
+from penstock.frontend.text.tools.deepseek import DeepSeek, DeepSeekV31
 from penstock.frontend.text.tools.glm import Glm
 from penstock.frontend.text.tools.granite import Granite
 from penstock.frontend.text.tools.hermes import Hermes
@@ -13,6 +13,8 @@ from penstock.frontend.text.tools.marked_json import InternLM, Jamba, Phi4Mini
 from penstock.frontend.text.tools.mistral import Mistral
 from penstock.frontend.text.tools.pythonic import Pythonic
 from penstock.frontend.text.tools.qwen3_xml import Qwen3Xml
+
+__all__ = ["FALLBACK", "TOOL_PARSERS", "ToolParser"]
 
 FALLBACK = "json"
 TOOL_PARSERS: dict[str, type[ToolParser]] = {
@@ -25,7 +27,7 @@ TOOL_PARSERS: dict[str, type[ToolParser]] = {
     "qwen3_xml": Qwen3Xml,
     "qwen3_coder": Qwen3Xml,
     "deepseek_v3": DeepSeek,
-    "deepseek_v31": DeepSeek,
+    "deepseek_v31": DeepSeekV31,
     "granite": Granite,
     "granite4": Hermes,
     "glm": Glm,

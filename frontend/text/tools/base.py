@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import ClassVar
 
 from penstock.frontend.text.tools.events import Arguments, CallStart, Content, Event, Tools, new_id
+from penstock.frontend.text.tools.grammar import CallForm, Lark, Schema, object_call
 from penstock.frontend.text.tools.json_text import JsonError, is_object, limited, string, value, whole_string
 from penstock.frontend.text.tools.reader import Reader, Steps, nowhere
 
@@ -40,6 +41,16 @@ class ToolParser:
     marks: ClassVar[tuple[str, ...]] = ()
     """Marks of the format: texts that are shown to the parser even where they are special tokens."""
     make_id: ClassVar[Callable[[], str]] = staticmethod(new_id)
+
+    @classmethod
+    def form(cls, lark: Lark) -> CallForm | None:
+        """What stands around calls. None: a model that must call writes the fallback's form instead."""
+        return None
+
+    @classmethod
+    def call(cls, lark: Lark, name: str, schema: Schema) -> str:
+        """The grammar of one call, without what stands around it."""
+        return object_call(lark, name, schema)
 
     def __init__(self, tools: Tools) -> None:
         self.tools = tools

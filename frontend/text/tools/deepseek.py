@@ -5,6 +5,7 @@ arguments stand bare between the marks.
 from __future__ import annotations
 
 from penstock.frontend.text.tools.base import MAX_NAME, NotACall, ToolParser
+from penstock.frontend.text.tools.grammar import Around, CallForm, Lark, Schema
 from penstock.frontend.text.tools.json_text import JsonError, limited, value
 from penstock.frontend.text.tools.reader import Steps
 
@@ -16,6 +17,15 @@ _FENCE = "```"
 
 class DeepSeek(ToolParser):
     marks = (CALLS_BEGIN, CALLS_END, CALL_BEGIN, CALL_END, SEPARATOR)
+
+    @classmethod
+    def form(cls, lark: Lark) -> CallForm | None:
+        return CallForm(Around(CALLS_BEGIN, "\n", CALLS_END), CALLS_BEGIN)
+
+    @classmethod
+    def call(cls, lark: Lark, name: str, schema: Schema) -> str:
+        opening = lark.text(f"{CALL_BEGIN}function{SEPARATOR}{name}\n```json\n")
+        return f"{opening} {lark.json(schema)} {lark.text(chr(10) + _FENCE + CALL_END)}"
 
     def parse(self) -> Steps[None]:
         while mark := (yield from self.reader.until((CALLS_BEGIN, CALLS_END, CALL_BEGIN), self.say)):
@@ -56,3 +66,14 @@ class DeepSeek(ToolParser):
         if not (yield from self.reader.until((mark,), limited(pieces, MAX_NAME))):
             raise NotACall
         return "".join(pieces)
+
+
+class DeepSeekV31(DeepSeek):
+    @classmethod
+    def form(cls, lark: Lark) -> CallForm | None:
+        return CallForm(Around(CALLS_BEGIN, "", CALLS_END), CALLS_BEGIN)
+
+    @classmethod
+    def call(cls, lark: Lark, name: str, schema: Schema) -> str:
+        opening = lark.text(f"{CALL_BEGIN}{name}{SEPARATOR}")
+        return f"{opening} {lark.json(schema)} {lark.text(CALL_END)}"

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from penstock.frontend.text.tools import hermes, typed
 from penstock.frontend.text.tools.base import MAX_HELD, MAX_NAME, NotACall, ToolParser
+from penstock.frontend.text.tools.grammar import Around, CallForm, Lark, Schema, properties_of
 from penstock.frontend.text.tools.json_text import JsonError, limited
 from penstock.frontend.text.tools.reader import Steps
 
@@ -16,6 +17,20 @@ VALUE, VALUE_END = "<arg_value>", "</arg_value>"
 
 class Glm(ToolParser):
     marks = (OPENING, CLOSING, KEY, KEY_END, VALUE, VALUE_END)
+
+    @classmethod
+    def form(cls, lark: Lark) -> CallForm | None:
+        return CallForm(Around(OPENING, "\n" + OPENING, ""), OPENING)
+
+    @classmethod
+    def call(cls, lark: Lark, name: str, schema: Schema) -> str:
+        parts = [lark.text(name + "\n")]
+        for key, part, required in properties_of(schema):
+            value = typed.grammar(lark, part, VALUE_END)
+            rule = lark.rule(f'{lark.text(f"{KEY}{key}{KEY_END}" + chr(10) + VALUE)} {value} "\\n"')
+            parts.append(rule if required else rule + "?")
+        parts.append(lark.text(CLOSING))
+        return " ".join(parts)
 
     def parse(self) -> Steps[None]:
         while (yield from self.reader.until((OPENING,), self.say)):

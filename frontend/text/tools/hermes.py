@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from penstock.frontend.text.tools.base import ToolParser
+from penstock.frontend.text.tools.grammar import Around, CallForm, Lark, Schema, object_call
 from penstock.frontend.text.tools.reader import Steps
 
 OPENING, CLOSING = "<tool_call>", "</tool_call>"
@@ -10,6 +11,14 @@ OPENING, CLOSING = "<tool_call>", "</tool_call>"
 
 class Hermes(ToolParser):
     marks = (OPENING, CLOSING)
+
+    @classmethod
+    def form(cls, lark: Lark) -> CallForm | None:
+        return CallForm(Around(OPENING, "\n" + OPENING, ""), OPENING)
+
+    @classmethod
+    def call(cls, lark: Lark, name: str, schema: Schema) -> str:
+        return f'"\\n" {object_call(lark, name, schema)} {lark.text(chr(10) + CLOSING)}'
 
     def parse(self) -> Steps[None]:
         reader = self.reader

@@ -5,12 +5,17 @@ of the request count. What models without a format of their own are constrained 
 from __future__ import annotations
 
 from penstock.frontend.text.tools.base import ToolParser
+from penstock.frontend.text.tools.grammar import Around, CallForm, Lark
 from penstock.frontend.text.tools.reader import Steps
 
 _FENCE = "```"
 
 
 class JsonList(ToolParser):
+    @classmethod
+    def form(cls, lark: Lark) -> CallForm | None:
+        return CallForm(Around("[", ", ", "]"))
+
     def parse(self) -> Steps[None]:
         reader = self.reader
         yield from reader.spaces(self.say)

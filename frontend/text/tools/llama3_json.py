@@ -5,6 +5,7 @@ set off by semicolons. Without the mark only functions of the request count as c
 from __future__ import annotations
 
 from penstock.frontend.text.tools.base import ToolParser
+from penstock.frontend.text.tools.grammar import Around, CallForm, Lark, Schema, object_call
 from penstock.frontend.text.tools.reader import Steps
 
 MARK = "<|python_tag|>"
@@ -12,6 +13,14 @@ MARK = "<|python_tag|>"
 
 class Llama3Json(ToolParser):
     marks = (MARK,)
+
+    @classmethod
+    def form(cls, lark: Lark) -> CallForm | None:
+        return CallForm(Around("", "; ", ""))
+
+    @classmethod
+    def call(cls, lark: Lark, name: str, schema: Schema) -> str:
+        return object_call(lark, name, schema, "parameters")
 
     def parse(self) -> Steps[None]:
         reader = self.reader

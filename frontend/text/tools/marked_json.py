@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from penstock.frontend.text.tools.base import ToolParser
+from penstock.frontend.text.tools.grammar import Around, CallForm, Lark
 from penstock.frontend.text.tools.reader import Steps
 
 
@@ -13,6 +14,11 @@ class MarkedJson(ToolParser):
 
     opening: ClassVar[tuple[str, ...]]
     closing: ClassVar[tuple[str, ...]] = ()
+
+    @classmethod
+    def form(cls, lark: Lark) -> CallForm | None:
+        lead = next((mark for mark in cls.opening if lark.is_token(mark)), cls.opening[0])
+        return CallForm(Around(lead + "[", ", ", "]" + "".join(cls.closing)), lead)
 
     def parse(self) -> Steps[None]:
         while mark := (yield from self.reader.until(self.opening, self.say)):
@@ -39,3 +45,7 @@ class InternLM(MarkedJson):
     opening = ("<|action_start|><|plugin|>", "<|action_start|> <|plugin|>")
     closing = ("<|action_end|>",)
     marks = ("<|action_start|>", "<|plugin|>", "<|action_end|>")
+
+    @classmethod
+    def form(cls, lark: Lark) -> CallForm | None:
+        return None

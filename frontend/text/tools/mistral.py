@@ -6,6 +6,7 @@ import re
 
 from penstock.frontend.text.tools.base import MAX_NAME, NotACall, ToolParser
 from penstock.frontend.text.tools.events import short_id
+from penstock.frontend.text.tools.grammar import Around, CallForm, Lark, Schema, object_call
 from penstock.frontend.text.tools.json_text import JsonError, value
 from penstock.frontend.text.tools.reader import Steps
 
@@ -16,6 +17,18 @@ _NAME = re.compile(r"[\w.:-]*")
 class Mistral(ToolParser):
     marks = (MARK, ARGS, CALL_ID)
     make_id = staticmethod(short_id)
+
+    @classmethod
+    def form(cls, lark: Lark) -> CallForm | None:
+        # Tokenizers since v11 have a token between name and arguments.
+        around = Around(MARK, MARK, "") if lark.is_token(ARGS) else Around(MARK + "[", ", ", "]")
+        return CallForm(around, MARK)
+
+    @classmethod
+    def call(cls, lark: Lark, name: str, schema: Schema) -> str:
+        if lark.is_token(ARGS):
+            return f"{lark.text(name + ARGS)} {lark.json(schema)}"
+        return object_call(lark, name, schema)
 
     def parse(self) -> Steps[None]:
         reader = self.reader

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from penstock.frontend.text.tools import hermes, typed
 from penstock.frontend.text.tools.base import MAX_HELD, MAX_NAME, NotACall
+from penstock.frontend.text.tools.grammar import Lark, Schema, properties_of
 from penstock.frontend.text.tools.json_text import JsonError, limited
 from penstock.frontend.text.tools.reader import Steps
 
@@ -15,6 +16,16 @@ PARAMETER, PARAMETER_END = "<parameter=", "</parameter>"
 
 
 class Qwen3Xml(hermes.Hermes):
+    @classmethod
+    def call(cls, lark: Lark, name: str, schema: Schema) -> str:
+        parts = [lark.text(f"\n{FUNCTION}{name}>\n")]
+        for key, part, required in properties_of(schema):
+            value = typed.grammar(lark, part, f"\n{PARAMETER_END}\n")
+            rule = lark.rule(f"{lark.text(f'{PARAMETER}{key}>' + chr(10))} {value}")
+            parts.append(rule if required else rule + "?")
+        parts.append(lark.text(f"{FUNCTION_END}\n{CLOSING}"))
+        return " ".join(parts)
+
     def parse(self) -> Steps[None]:
         reader = self.reader
         while mark := (yield from reader.until((OPENING, FUNCTION), self.say)):

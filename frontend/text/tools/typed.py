@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from penstock.frontend.text.tools.grammar import Lark
 from penstock.frontend.text.tools.json_text import JsonError
 from penstock.frontend.text.tools.python_text import literal
 from penstock.frontend.text.tools.reader import Out
@@ -71,6 +72,16 @@ def _allowed(text: str, types: frozenset[str]) -> bool:
         first
     )
     return kind in types if kind is not None else bool({"number", "integer"} & types)
+
+
+def grammar(lark: Lark, schema: Mapping[str, Any], end: str) -> str:
+    """The grammar of a bare value and the text that ends it."""
+    choices = schema.get("enum", [schema["const"]] if "const" in schema else None)
+    if isinstance(choices, list) and choices and all(isinstance(choice, str) for choice in choices):
+        return f"({' | '.join(lark.text(choice + end) for choice in choices)})"
+    if "string" in types_of(schema):
+        return lark.until(end)
+    return f"{lark.json(schema)} {lark.text(end)}"
 
 
 class BareString:
