@@ -39,8 +39,9 @@ class TextOptions:
     """How token ids become text.
 
     stop: strings that end a choice; include_stop keeps the one found. logprobs: alternatives wanted per
-    token, None: no log-probabilities. keep_token_ids: fill `Delta.token_ids`. sinks: one per choice, shown its
-    text before the listener is. shown_special: special tokens that are shown although the others are skipped.
+    token, None: no log-probabilities. keep_token_ids: fill `Delta.token_ids`. sinks: one per choice, shown
+    its text before the listener is. shown_special: special tokens that are shown although the others are
+    skipped.
     """
 
     skip_special_tokens: bool = True

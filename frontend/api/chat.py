@@ -66,8 +66,8 @@ def _check_template(tokenizer: ModelTokenizer, request: ChatRequest, use: ToolUs
         return
     raise ApiError(
         "unsupported_parameter",
-        f"This model's chat template takes no tools, so '{use.param}' would have no effect; give the server one "
-        "that does (--chat-template), or force a call.",
+        f"This model's chat template takes no tools, so '{use.param}' would have no effect; give the server "
+        "one that does (--chat-template), or force a call.",
         use.param,
     )
 

@@ -144,8 +144,8 @@ class ChatRequest(GenerationRequest):
 
 
 def messages_json(raw_messages: Any) -> bytes:
-    """The messages as the renderer takes them: what the client sent, but a plain string as a user's, and calls
-    and answers of functions as those of tools."""
+    """The messages as the renderer takes them: what the client sent, but a plain string as a user's, and
+    calls and answers of functions as those of tools."""
     if isinstance(raw_messages, str):
         raw_messages = [{"role": "user", "content": raw_messages}]
     return orjson.dumps([_with_tools(message) for message in raw_messages])

@@ -1,4 +1,6 @@
-"""The wire form of chat answers that are read for reasoning and tool calls. Pure: no service, no connection."""
+"""The wire form of chat answers that are read for reasoning and tool calls. Pure: no service, no
+connection.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""How the answers to one chat request are read: which parsers, and the grammar where calls are forced or strict.
+"""How the answers to one chat request are read: which parsers, and the grammar where calls are forced or
+strict.
 
 Knows the request and what the template told of its model; knows no wire format.
 """

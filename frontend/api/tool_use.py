@@ -1,5 +1,5 @@
-"""What a request says about tools, made one thing: which functions, whether they must be called. Knows no service
-and no format of calls.
+"""What a request says about tools, made one thing: which functions, whether they must be called. Knows no
+service and no format of calls.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ Mode = Literal["auto", "required", "named"]
 @dataclass(frozen=True, slots=True)
 class ToolUse:
     """functions: those that may be called. mode: "named" when exactly one must be. one_call: at most one.
-    legacy: the request came with `functions`, and its answer has `function_call`. param: the field to blame."""
+    legacy: the request came with `functions`, and its answer has `function_call`. param: the field to
+    blame."""
 
     functions: tuple[FunctionDefinition, ...]
     mode: Mode

@@ -1,5 +1,5 @@
-"""One chat answer as a message: reasoning, content and calls, made from its text as it comes. Knows no tokens'
-ids, no request types and no wire format.
+"""One chat answer as a message: reasoning, content and calls, made from its text as it comes. Knows no
+tokens' ids, no request types and no wire format.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""The text side of one choice: detokenize, look for stop strings, and show the text to a sink that reads reasoning
-and tool calls from it. Knows no requests and no events.
+"""The text side of one choice: detokenize, look for stop strings, and show the text to a sink that reads
+reasoning and tool calls from it. Knows no requests and no events.
 """
 
 from __future__ import annotations

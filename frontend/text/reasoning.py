@@ -1,4 +1,5 @@
-"""Sets the reasoning that a model writes before its answer apart from the answer. Knows no tokens and no requests.
+"""Sets the reasoning that a model writes before its answer apart from the answer. Knows no tokens and no
+requests.
 
 One parser for all formats that are a pair of tags. White space at the ends of the reasoning and before the
 answer is dropped.

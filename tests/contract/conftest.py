@@ -198,8 +198,8 @@ def tools() -> ModuleType:
 
 @pytest.fixture
 async def serve(tmp_path: Path, fakes: ModuleType) -> AsyncIterator[Callable[..., Awaitable[Served]]]:
-    """serve(engine_options={}, generation_defaults={}, tokenizer_options={}, **fields of FrontendConfig) -> Served, ready. After
-    the test nothing may be left running."""
+    """serve(engine_options={}, generation_defaults={}, tokenizer_options={}, **fields of FrontendConfig) ->
+    Served, ready. After the test nothing may be left running."""
     started: list[Served] = []
 
     async def start(

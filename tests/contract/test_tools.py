@@ -1,5 +1,5 @@
-"""Tool calls and reasoning on the wire: the shapes of answers and chunks, who is told of which tools, and what is
-refused.
+"""Tool calls and reasoning on the wire: the shapes of answers and chunks, who is told of which tools, and
+what is refused.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Grammars of forced and strict calls: whatever llguidance lets a model write under them, the parser of the same
-format reads as calls that fit their schemas.
+"""Grammars of forced and strict calls: whatever llguidance lets a model write under them, the parser of the
+same format reads as calls that fit their schemas.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""What all parsers of tool calls share: the drive of the generator, content with its white space, the arguments
-of a call. Knows no format.
+"""What all parsers of tool calls share: the drive of the generator, content with its white space, the
+arguments of a call. Knows no format.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class NotACall(Exception):
 
 
 class ToolParser:
-    """feed(text) -> events, flush() -> events. Never raises; the same events however the text was cut, but for
-    how content and arguments are cut.
+    """feed(text) -> events, flush() -> events. Never raises; the same events however the text was cut, but
+    for how content and arguments are cut.
 
     A subclass gives `parse`, a generator over `self.reader`. num_calls: calls begun. invalid: some call was
     not what the format wants: its arguments are no JSON object, or it became content.

@@ -1,5 +1,5 @@
-"""DeepSeek V3 and R1, whose arguments are in a JSON fence after `function` and the name, and V3.1, where name and
-arguments stand bare between the marks.
+"""DeepSeek V3 and R1, whose arguments are in a JSON fence after `function` and the name, and V3.1, where
+name and arguments stand bare between the marks.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""GLM 4.5: `<tool_call>name<arg_key>key</arg_key><arg_value>value</arg_value></tool_call>`. Values are bare text;
-the schema says what they mean.
+"""GLM 4.5: `<tool_call>name<arg_key>key</arg_key><arg_value>value</arg_value></tool_call>`. Values are bare
+text; the schema says what they mean.
 """
 
 from __future__ import annotations

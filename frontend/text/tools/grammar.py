@@ -19,8 +19,8 @@ _NOT_JSON = r"/[^\[{\s](?s:.*)/"
 
 
 class Lark:
-    """Collects rules. added: tokens that exist beside the text, by their text; a grammar can only name them by
-    their ids. marks: texts that are such tokens where the tokenizer has them."""
+    """Collects rules. added: tokens that exist beside the text, by their text; a grammar can only name them
+    by their ids. marks: texts that are such tokens where the tokenizer has them."""
 
     def __init__(self, added: Mapping[str, int], marks: tuple[str, ...]) -> None:
         self._ids = {mark: added[mark] for mark in marks if mark in added}

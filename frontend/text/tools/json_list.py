@@ -1,5 +1,6 @@
-"""The fallback: an answer that is nothing but calls as JSON, one object or a list, fenced or not. Only functions
-of the request count. What models without a format of their own are constrained to when they must call.
+"""The fallback: an answer that is nothing but calls as JSON, one object or a list, fenced or not. Only
+functions of the request count. What models without a format of their own are constrained to when they must
+call.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""Mistral: `[TOOL_CALLS]` with a JSON list of calls, or, since v11, `[TOOL_CALLS]name[ARGS]{...}` for each call."""
+"""Mistral: `[TOOL_CALLS]` with a JSON list of calls, or, since v11, `[TOOL_CALLS]name[ARGS]{...}` for each
+call.
+"""
 
 from __future__ import annotations
 

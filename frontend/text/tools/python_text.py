@@ -1,5 +1,5 @@
-"""Python literals that arrive in pieces, turned into JSON: strings, numbers, True, False, None, lists, tuples,
-dictionaries. No evaluation: a reader of its own. Knows no format of calls.
+"""Python literals that arrive in pieces, turned into JSON: strings, numbers, True, False, None, lists,
+tuples, dictionaries. No evaluation: a reader of its own. Knows no format of calls.
 """
 
 from __future__ import annotations

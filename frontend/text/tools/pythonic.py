@@ -1,5 +1,5 @@
-"""Pythonic calls: an answer that is a list of calls, `[name(key=value), ...]`, with Python literals as values; Llama 4
-sets it between marks. Without a mark only functions of the request count.
+"""Pythonic calls: an answer that is a list of calls, `[name(key=value), ...]`, with Python literals as
+values; Llama 4 sets it between marks. Without a mark only functions of the request count.
 """
 
 from __future__ import annotations

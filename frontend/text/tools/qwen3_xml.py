@@ -1,5 +1,5 @@
-"""Qwen3-Coder: `<tool_call><function=name><parameter=key>value</parameter></function></tool_call>`. Values are bare
-text; the schema says what they mean.
+"""Qwen3-Coder: `<tool_call><function=name><parameter=key>value</parameter></function></tool_call>`. Values
+are bare text; the schema says what they mean.
 """
 
 from __future__ import annotations

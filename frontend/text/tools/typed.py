@@ -1,4 +1,6 @@
-"""Values that a model writes as bare text, turned into JSON by the schema of their parameter. Knows no format."""
+"""Values that a model writes as bare text, turned into JSON by the schema of their parameter. Knows no
+format.
+"""
 
 from __future__ import annotations
 
