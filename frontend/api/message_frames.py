@@ -22,6 +22,7 @@ class MessageFrames(ChatFrames):
 
     def __init__(self, identity: Identity, reading: Reading) -> None:
         super().__init__(identity)
+        self.plain = False  # what a text is takes its parsers to tell
         self._reading = reading
 
     def delta(self, choice: int, delta: Delta, total: Usage | None) -> bytes:
