@@ -80,6 +80,9 @@ class ReasoningParser:
     def feed(self, text: str) -> tuple[str, str]:
         if self._state is _State.OUTSIDE:
             return "", text
+        plain = self._state is _State.INSIDE and not self._held and self._format.closing[0] not in text
+        if plain and not text[-1:].isspace():
+            return text, ""
         text, self._held = self._held + text, ""
         if self._state in (_State.START, _State.ENTERED):
             text = self._open(text)

@@ -70,8 +70,14 @@ class ToolParser:
         raise NotImplementedError
 
     def feed(self, text: str) -> list[Event]:
-        self.reader.add(text)
-        self._advance()
+        idle = self.reader.idle
+        if idle is not None and idle[1].isdisjoint(text) and idle[0] == self.say:
+            if not (self._space or self._after_call or text[-1:].isspace()):
+                return [Content(text)]
+            self.say(text)
+        else:
+            self.reader.add(text)
+            self._advance()
         return self._taken()
 
     def flush(self) -> list[Event]:

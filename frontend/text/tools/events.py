@@ -11,21 +11,24 @@ from typing import Any
 _ALPHANUMERIC = string.ascii_letters + string.digits
 
 
-@dataclass(frozen=True, slots=True)
+# Events are not frozen: one is made for nearly every token, and that would cost three times as much.
+
+
+@dataclass(slots=True)
 class Content:
     """Text of the answer."""
 
     text: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Reasoning:
     """Text of the reasoning before the answer."""
 
     text: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class CallStart:
     """A call begins. index counts the message's calls from 0."""
 
@@ -34,7 +37,7 @@ class CallStart:
     name: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Arguments:
     """The next piece of a call's arguments, a JSON text."""
 

@@ -23,15 +23,20 @@ def nowhere(text: str) -> None:
 
 
 class Reader:
-    """ended: no more text will come. A reader keeps what is not read yet, and what was read since `keep`."""
+    """ended: no more text will come. A reader keeps what is not read yet, and what was read since `keep`.
 
-    __slots__ = ("_at", "_kept_from", "_text", "ended")
+    idle: while `until` waits with nothing held back, what it hands text to and the characters that may begin
+    a mark; text without them may be handed on without asking the reader.
+    """
+
+    __slots__ = ("_at", "_kept_from", "_text", "ended", "idle")
 
     def __init__(self) -> None:
         self._text = ""
         self._at = 0
         self._kept_from: int | None = None
         self.ended = False
+        self.idle: tuple[Out, frozenset[str]] | None = None
 
     def add(self, text: str) -> None:
         start = self._at if self._kept_from is None else self._kept_from
@@ -131,7 +136,7 @@ class Reader:
 
         No mark may be the beginning of another. What may be the beginning of one is held back.
         """
-        pattern, longest = _compiled(marks)
+        pattern, parts, first = _compiled(marks)
         while True:
             found = pattern.search(self._text, self._at)
             if found is not None:
@@ -139,30 +144,34 @@ class Reader:
                     out(self._text[self._at : found.start()])
                 self._at = found.end()
                 return found.group()
-            hold = 0 if self.ended else _num_held(self._text, self._at, marks, longest)
+            hold = 0 if self.ended else _num_held(self._text, self._at, parts)
             end = len(self._text) - hold
             if end > self._at:
                 out(self._text[self._at : end])
                 self._at = end
             if self.ended:
                 return ""
+            if not hold and self._kept_from is None:
+                self.idle = out, first
             yield
+            self.idle = None
 
 
 @cache
-def _compiled(marks: tuple[str, ...]) -> tuple[re.Pattern[str], int]:
-    return re.compile("|".join(map(re.escape, marks))), max(map(len, marks))
+def _compiled(marks: tuple[str, ...]) -> tuple[re.Pattern[str], tuple[str, ...], frozenset[str]]:
+    """What finds a mark, the proper beginnings of all, the longest first, and their first characters."""
+    parts = {mark[:length] for mark in marks for length in range(1, len(mark))}
+    first = frozenset(mark[0] for mark in marks)
+    return re.compile("|".join(map(re.escape, marks))), tuple(sorted(parts, key=len, reverse=True)), first
 
 
-def _num_held(text: str, start: int, marks: tuple[str, ...], longest: int) -> int:
+def _num_held(text: str, start: int, parts: tuple[str, ...]) -> int:
     """Length of the longest end of text[start:] that begins a mark."""
-    for at in range(max(start, len(text) - longest + 1), len(text)):
-        tail = text[at:]
-        if any(mark.startswith(tail) for mark in marks):
-            return len(tail)
-    return 0
+    if not text.endswith(parts, start):
+        return 0
+    return next(len(part) for part in parts if text.endswith(part, start))
 
 
 def held_back(text: str, mark: str) -> int:
     """How many characters at the end of a text may be the beginning of the mark."""
-    return _num_held(text, 0, (mark,), len(mark))
+    return _num_held(text, 0, _compiled((mark,))[1])
