@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator
 
 MAX_TOOLS = 1024
 FunctionName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.:-]{1,128}$")]
@@ -19,6 +19,13 @@ class FunctionDefinition(_Form):
     description: str | None = None
     parameters: dict[str, Any] | None = Field(None, description="a JSON schema of the arguments")
     strict: bool | None = Field(None, description="arguments fit the schema, also when nothing forces a call")
+
+    @field_validator("parameters")
+    @classmethod
+    def _schema_of_an_object(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        if value and value.get("type", "object") != "object":
+            raise ValueError("must be the schema of an object")
+        return value
 
 
 class Tool(_Form):

@@ -263,6 +263,11 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
         "tools[0].function.parameters",
         "invalid_type",
     ),
+    (
+        {"tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "array"}}}]},
+        "tools[0].function.parameters",
+        "invalid_value",
+    ),
     ({"tool_choice": "any"}, "tool_choice", "invalid_value"),
     ({"tool_choice": 1}, "tool_choice", "invalid_type"),
     ({"tool_choice": {"type": "function"}}, "tool_choice.function", "missing_required_parameter"),

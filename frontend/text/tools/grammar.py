@@ -13,6 +13,8 @@ from typing import Any
 
 Schema = Mapping[str, Any]
 
+# JSON as templates write it and models have learnt it; free spacing would only give them room to stray.
+_SPACING = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 _FREE = "/(?s:.+)/"
 # An answer that cannot be taken for calls where nothing marks them.
 _NOT_JSON = r"/[^\[{\s](?s:.*)/"
@@ -85,13 +87,12 @@ class CallForm:
 def arguments_schema(parameters: Schema | None, strict: bool) -> Schema:
     """The schema that a call's arguments must fit: of an object with nothing but what is named. Keywords that
     cannot be enforced are an error only for strict functions."""
-    schema = dict(parameters or {})
+    # The dialect changes nothing here, and a reader of schemas would look it up by its address.
+    schema = {key: value for key, value in (parameters or {}).items() if key not in ("$schema", "$id")}
     schema.setdefault("type", "object")
     if "additionalProperties" not in schema and "patternProperties" not in schema:
         schema["additionalProperties"] = False
-    if not strict:
-        schema["x-guidance"] = {"lenient": True}
-    return schema
+    return {**schema, "x-guidance": {**_SPACING, "lenient": not strict}}
 
 
 def object_call(lark: Lark, name: str, schema: Schema, key: str = "arguments") -> str:
