@@ -157,8 +157,10 @@ class ReadingPlan:
         return grammar.Lark(self._vocabulary.added_ids, marks)
 
     def _thought(self, lark: grammar.Lark) -> str:
-        if self._reasoning is None or not self._thinks_first:
+        if self._reasoning is None:
             return ""
+        if not self._thinks_first:
+            return grammar.AFTER_THOUGHT if self._inside else ""
         return grammar.thought(lark, self._reasoning.opening, self._reasoning.closing)
 
     def _ids(self, text: str) -> list[int]:
@@ -190,4 +192,9 @@ def _json_schema(constraint: engine_pb2.Constraint) -> Mapping[str, object] | No
     kind = constraint.WhichOneof("kind")
     if kind == "json_object":
         return {"type": "object"}
-    return dict(orjson.loads(constraint.json_schema)) if kind == "json_schema" else None
+    if kind != "json_schema":
+        return None
+    # Options a schema brings along could loosen what is enforced.
+    return {
+        name: value for name, value in orjson.loads(constraint.json_schema).items() if name != "x-guidance"
+    }

@@ -443,3 +443,45 @@ async def test_the_stream_helper_of_the_client(served: Any, fakes: Any) -> None:
     assert [call.function.name for call in first.message.tool_calls or []] == ["now", "get_weather"]
     assert first.message.content == "I look."
     assert second.message.content == "Plain."
+
+
+# ------------------------------------------------------------------------------------- prompts
+
+
+async def test_the_template_gets_what_the_request_says(served: Any) -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "input_text", "text": "b"}]
+    history = [
+        {"role": "developer", "content": parts},
+        {"role": "system", "content": parts},
+        {"role": "user", "content": parts},
+        {
+            "role": "assistant",
+            "content": [{"type": "output_text", "text": "c"}, {"type": "refusal", "refusal": "no"}],
+            "reasoning_content": "Hm.",
+            "tool_calls": [{"id": "1", "type": "function", "function": {"name": "now", "arguments": ""}}],
+        },
+        {"role": "tool", "tool_call_id": "1", "content": [{"type": "text", "text": "noon"}]},
+        {"role": "assistant", "content": "It is"},
+    ]
+    fields = {
+        "messages": history,
+        "documents": [{"title": "x", "text": "y"}],
+        "chat_template_kwargs": {"enable_thinking": False},
+        "reasoning_effort": "high",
+        "continue_final_message": True,
+        "tools": [NOW],
+    }
+    # The fake's own template is simpler than the parts: only what it was handed matters.
+    await served.post(CHAT, {**fields, "max_tokens": 1})
+    render = served.tokenizer.renders[-1]
+    assert json.loads(render.messages_json) == history
+    assert json.loads(render.documents_json) == fields["documents"]
+    assert json.loads(render.template_kwargs_json) == fields["chat_template_kwargs"]
+    assert json.loads(render.tools_json) == [NOW]
+    assert render.reasoning_effort == "high"
+    assert render.continue_final_message
+    assert render.HasField("add_generation_prompt")
+    assert not render.add_generation_prompt
+    bad = [{"role": "user", "content": [{"type": "refusal", "text": "x"}]}]
+    answer = await served.post(CHAT, {"messages": bad})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "messages[0].content[0].refusal")

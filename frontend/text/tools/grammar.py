@@ -16,6 +16,8 @@ Schema = Mapping[str, Any]
 # JSON as templates write it and models have learnt it; free spacing would only give them room to stray.
 _SPACING = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 _FREE = "/(?s:.+)/"
+# White space that models set between their reasoning and the answer.
+AFTER_THOUGHT = r"/\s{0,8}/"
 # An answer that cannot be taken for calls where nothing marks them.
 _NOT_JSON = r"/[^\[{\s](?s:.*)/"
 
@@ -153,4 +155,4 @@ def optional(
 
 def thought(lark: Lark, opening: str, closing: str) -> str:
     """A reasoning block that may come first."""
-    return f"({lark.text(opening)} {lark.until(closing)} /\\s*/)?"
+    return f"({lark.text(opening)} {lark.until(closing)} {AFTER_THOUGHT})?"
