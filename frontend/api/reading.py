@@ -6,8 +6,10 @@ Knows the request and what the template told of its model; knows no wire format.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 
 import orjson
 
@@ -21,6 +23,8 @@ from penstock.frontend.text.tools import FALLBACK, TOOL_PARSERS, ToolParser, gra
 from penstock.frontend.text.vocabulary import Vocabulary
 from penstock.protos import engine_pb2, tokenizer_pb2
 from penstock.protos.errors import ApiError
+
+log = logging.getLogger("penstock.frontend.reading")
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +180,14 @@ def _tool_parser(chosen: str, use: ToolUse | None, suggested: str) -> type[ToolP
     if chosen == NONE:
         raise ApiError("unsupported_parameter", f"'{use.param}' is turned off on this server.", use.param)
     name = suggested if chosen == AUTO else chosen
+    if name and name not in TOOL_PARSERS:
+        _warn_of(name)
     return TOOL_PARSERS.get(name, TOOL_PARSERS[FALLBACK])
+
+
+@cache
+def _warn_of(name: str) -> None:
+    log.warning("no parser reads the calls of this template (%s): they stay content", name)
 
 
 def _reasoning_format(chosen: str, suggested: str) -> ReasoningFormat | None:

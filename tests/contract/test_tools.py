@@ -1,5 +1,7 @@
 """Tool calls and reasoning on the wire: the shapes of answers and chunks, who is told of which tools, and
 what is refused.
+
+Rows A10.9, D2, D4, D7 and D8.
 """
 
 from __future__ import annotations
