@@ -22,19 +22,24 @@ class MessageFrames(ChatFrames):
 
     def __init__(self, identity: Identity, reading: Reading) -> None:
         super().__init__(identity)
-        self.plain = False  # what a text is takes its parsers to tell
         self._reading = reading
+        self.plain = not (identity.with_logprobs or identity.with_token_ids)
+        self._openings = [prefix.removesuffix(b'"content":') for prefix in self._prefixes]
+
+    def text(self, choice: int, text: str) -> bytes:
+        """The parsers have seen the text already: what they made of it, possibly nothing yet."""
+        return b"".join([self._plain(choice, event) for event in self._reading.messages[choice].take()])
 
     def delta(self, choice: int, delta: Delta, total: Usage | None) -> bytes:
+        finished = delta.finish_reason is not None
+        if not finished and total is None and self.plain:
+            return self.text(choice, delta.text)
         message = self._reading.messages[choice]
         events = message.take()
-        finished = delta.finish_reason is not None
         if finished:
             events += message.finish()
         if total is not None:
             total.reasoning_tokens = self._reading.num_reasoning_tokens
-        elif not finished and not delta.logprobs and not delta.token_ids:
-            return b"".join([self._plain(choice, event) for event in events])
         return self._full(choice, delta, events, total)
 
     def closing(self, total: Usage) -> bytes:
@@ -42,8 +47,16 @@ class MessageFrames(ChatFrames):
         return super().closing(total)
 
     def _plain(self, choice: int, event: Event) -> bytes:
+        """The chunk of an event alone. Of the three that come by the token only the text is encoded."""
         if isinstance(event, Content):
             return self._prefixes[choice] + orjson.dumps(event.text) + self._suffix
+        if isinstance(event, Reasoning):
+            text = orjson.dumps(event.text)
+            inner = b'"reasoning":' + text + b',"reasoning_content":' + text
+            return self._openings[choice] + inner + self._suffix
+        if isinstance(event, Arguments) and not self._reading.legacy:
+            inner = b'"tool_calls":[{"index":%d,"function":{"arguments":' % event.index
+            return self._openings[choice] + inner + orjson.dumps(event.text) + b"}}]" + self._suffix
         body = {"index": choice, "delta": self._body(event), "logprobs": None, "finish_reason": None}
         return self._chunk(body, None)
 
