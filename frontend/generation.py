@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from penstock.frontend.logprobs import LogprobRow, TokenLogprob, entry, prompt_entries
-from penstock.frontend.text.pipeline import TextPipeline, TextSink
+from penstock.frontend.text.options import TextOptions
+from penstock.frontend.text.pipeline import TextPipeline
 from penstock.frontend.text.vocabulary import Vocabulary
 from penstock.protos import common_pb2, engine_pb2
 from penstock.protos.errors import ApiError
@@ -32,26 +33,6 @@ DEADLINE_GRACE_S = 1.0
 
 _LENGTH = common_pb2.FINISH_REASON_LENGTH
 _ABORTED = common_pb2.FINISH_REASON_ABORTED
-
-
-@dataclass(frozen=True, slots=True)
-class TextOptions:
-    """How token ids become text.
-
-    stop: strings that end a choice; include_stop keeps the one found. logprobs: alternatives wanted per
-    token, None: no log-probabilities. keep_token_ids: fill `Delta.token_ids`. sinks: one per choice, shown
-    its text before the listener is. shown_special: special tokens that are shown although the others are
-    skipped.
-    """
-
-    skip_special_tokens: bool = True
-    spaces_between_special_tokens: bool = True
-    stop: tuple[str, ...] = ()
-    include_stop: bool = False
-    logprobs: int | None = None
-    keep_token_ids: bool = False
-    sinks: tuple[TextSink, ...] = ()
-    shown_special: tuple[str, ...] = ()
 
 
 @dataclass(slots=True)
@@ -203,17 +184,7 @@ class Generation:
         self.wants_logprobs = options.logprobs is not None
         self._choices = [
             _Choice(
-                TextPipeline.create(
-                    vocabulary,
-                    self._prompt_ids,
-                    skip_special_tokens=options.skip_special_tokens,
-                    spaces_between_special_tokens=options.spaces_between_special_tokens,
-                    stop=options.stop,
-                    include_stop=options.include_stop,
-                    min_tokens=request.stop.min_new_tokens,
-                    sink=options.sinks[choice] if options.sinks else None,
-                    shown_special=options.shown_special,
-                )
+                TextPipeline.of(vocabulary, self._prompt_ids, options, choice, request.stop.min_new_tokens)
             )
             for choice in range(request.n if request.HasField("n") else 1)
         ]

@@ -28,8 +28,9 @@ from penstock.frontend.effective import (
 )
 from penstock.frontend.errors import in_api_names, printable, unsupported, validation_error
 from penstock.frontend.exchange import Exchange
-from penstock.frontend.generation import Handle, TextOptions, submit
+from penstock.frontend.generation import Handle, submit
 from penstock.frontend.prompts import encode_bad_words
+from penstock.frontend.text.options import TextOptions
 from penstock.frontend.tokenizer_client import ModelTokenizer
 from penstock.protos import engine_pb2, log
 from penstock.protos.errors import ApiError

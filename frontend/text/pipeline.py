@@ -5,18 +5,11 @@ reasoning and tool calls from it. Knows no requests and no events.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
 
 from penstock.frontend.text.detokenize import Detokenizer, make_detokenizer
+from penstock.frontend.text.options import TextOptions, TextSink
 from penstock.frontend.text.stop import StopStrings
 from penstock.frontend.text.vocabulary import Vocabulary
-
-
-class TextSink(Protocol):
-    """Sees the text of a choice as it comes. Must not raise."""
-
-    def add(self, text: str, num_tokens: int) -> None:
-        """What so many tokens made certain, possibly nothing; 0 for what was held back until the end."""
 
 
 class TextPipeline:
@@ -87,6 +80,28 @@ class TextPipeline:
             min_tokens,
             vocabulary.special_text if tight else None,
             sink,
+        )
+
+    @classmethod
+    def of(
+        cls,
+        vocabulary: Vocabulary,
+        prompt_ids: Sequence[int],
+        options: TextOptions,
+        choice: int,
+        min_tokens: int,
+    ) -> TextPipeline:
+        """The pipeline of one of a request's choices."""
+        return cls.create(
+            vocabulary,
+            prompt_ids,
+            skip_special_tokens=options.skip_special_tokens,
+            spaces_between_special_tokens=options.spaces_between_special_tokens,
+            stop=options.stop,
+            include_stop=options.include_stop,
+            min_tokens=min_tokens,
+            sink=options.sinks[choice] if options.sinks else None,
+            shown_special=options.shown_special,
         )
 
     @property
