@@ -39,8 +39,8 @@ Clock = Callable[[], float]
 BLOCK_SIZE = 16
 TORCH = {
     "activation": "reference",
-    "argmax": "reference",
     "kv_write": "cpu",
+    "logits": "reference",
     "norm": "reference",
     "paged_attention": "cpu",
 }

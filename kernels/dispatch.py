@@ -17,10 +17,10 @@ REFERENCE = "reference"
 # op -> device type -> modules, the best first. What is not listed runs the reference.
 _BY_DEVICE: dict[str, dict[str, tuple[str, ...]]] = {
     "activation": {"cpu": ("native",), "cuda": ("triton",)},
-    "argmax": {"cpu": ("native",)},
     "embedding": {"cuda": ("triton",)},
     "inputs": {"cuda": ("triton",)},
     "kv_write": {"cpu": ("native", "cpu"), "cuda": ("triton",)},
+    "logits": {"cpu": ("native",)},
     "norm": {"cpu": ("native",), "cuda": ("triton",)},
     "paged_attention": {"cpu": ("native", "cpu"), "cuda": ("triton",)},
     "quant": {"cpu": ("cpu",), "cuda": ("triton",)},

@@ -5,10 +5,13 @@ A frame is a count of parts, the length of each part (all unsigned 32-bit big-en
 
 from __future__ import annotations
 
-import asyncio
 import struct
 from collections.abc import Sequence
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
+
+if TYPE_CHECKING:
+    # Half of what a renderer would import, and it never waits.
+    import asyncio
 
 _WORD = struct.Struct(">I")
 MAX_PARTS = 16

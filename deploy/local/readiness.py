@@ -7,7 +7,7 @@ import contextlib
 import json
 from collections.abc import Collection
 
-POLL_S = 0.05
+POLL_S = 0.02
 MAX_POLL_S = 0.25
 ANSWER_TIMEOUT_S = 3.0
 MAX_ANSWER_BYTES = 1 << 20
@@ -58,7 +58,7 @@ async def wait_ready(address: str, models: Collection[str], key: str = "") -> No
     pause_s = POLL_S
     while not await _is_ready(address, models, key):
         await asyncio.sleep(pause_s)
-        pause_s = min(pause_s * 1.2, MAX_POLL_S)
+        pause_s = min(pause_s * 1.03, MAX_POLL_S)  # what is waited for too long is a small part of the start
 
 
 async def _is_ready(address: str, models: Collection[str], key: str) -> bool:

@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from penstock.kernels.native.sources import library_path
 from penstock.local import model_source, options
 from penstock.local.options import Given
 from penstock.protos import settings
@@ -66,6 +67,8 @@ def version_lines(own: str) -> list[str]:
             rows.append((package, version(package)))
         except PackageNotFoundError:
             rows.append((package, "not installed"))
+    built = library_path().exists()
+    rows.append(("native ops", "built" if built else "not built: python -m penstock.kernels.native.build"))
     return [f"{name:<14}{text}" for name, text in rows]
 
 

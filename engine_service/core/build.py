@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,9 +28,12 @@ from penstock.engine_service.models.generation import Generation, read_generatio
 from penstock.engine_service.models.parallel import ALONE, check_division, spec_of
 from penstock.engine_service.models.registry import Model, build_model
 from penstock.engine_service.models.weights import Checkpoint, DummyWeights, Weights
+from penstock.kernels.native.library import reason
 
 if TYPE_CHECKING:
     from penstock.engine_service.core.parallel import RankGroup
+
+log = logging.getLogger("penstock.engine.build")
 
 _CAPABILITIES = [
     "logprobs",
@@ -186,6 +190,7 @@ def make_backend(configure: Configure, local_rank: int = 0, local_size: int = 1)
     if device not in ("cpu", "cuda"):
         raise ModelError(f"device '{device[:20]}' is not supported; supported: auto, cpu, cuda")
     if device == "cpu":
+        log.info("the CPU's small ops: %s", reason())
         return quantized(CpuBackend(configure.threads, local_size), configure.quantization)
     if not torch.cuda.is_available():
         raise ModelError("device 'cuda' is not available on this machine")

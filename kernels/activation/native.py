@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from penstock.kernels.activation import reference
@@ -19,6 +18,6 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     if kind is None or not gate_up.is_contiguous():
         return reference.silu_mul(gate_up)
     rows, both = gate_up.shape
-    out = torch.empty((rows, both // 2), dtype=gate_up.dtype)
+    out = gate_up.new_empty((rows, both // 2))
     _silu_mul(gate_up.data_ptr(), out.data_ptr(), rows, both // 2, kind, threads_for(rows * both))
     return out

@@ -35,7 +35,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "activation.c": ("generic", "avx2", "avx512", "avx512bf16"),
     "kv_write.c": ("generic", "avx2", "avx512", "avx512bf16"),
     "attention.c": ("generic", "avx2", "avx512", "avx512bf16"),
-    "argmax.c": ("generic", "avx2", "avx512"),
+    "logits.c": ("generic", "avx2", "avx512"),
 }
 
 FLAGS = (

@@ -52,7 +52,7 @@ def paged_attention(
         raise ValueError("query heads must have the cache's dtype and lie one after the other")
     if slopes is not None:
         slopes = slopes.float().contiguous()
-    out = torch.empty((tokens, num_heads, head_dim), dtype=query.dtype)
+    out = query.new_empty((tokens, num_heads, head_dim))
     check(
         _paged_attention(
             query.data_ptr(),

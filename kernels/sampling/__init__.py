@@ -1,9 +1,9 @@
 """Choosing tokens from logits.
 
-The host's sampler works on padded copies and uniform numbers; its functions but `argmax` are plain torch,
-whatever the device. The device's sampler draws with noise made on the device and never needs the host; its
-functions are chosen by device: `apply_bitmask`, `draw_tokens`, `filter_bounds`, `row_logprobs`, and `edits`
-for the rest.
+The host's sampler works on padded copies and uniform numbers; its functions are plain torch, whatever the
+device, but for those of `logits`. The device's sampler draws with noise made on the device and never needs
+the host; its functions are chosen by device: `apply_bitmask`, `draw_tokens`, `filter_bounds`, `row_logprobs`,
+and `edits` for the rest.
 
 In the latter, rows of logits [R, V] (any float dtype, innermost stride 1) may be replaced by edited ones:
 row r is work[source[r]] (float32 [E, V]) where the int32 source[r] is >= 0. slots int32 [R] say where a row's
@@ -17,8 +17,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from penstock.kernels.argmax import argmax
 from penstock.kernels.dispatch import implementation
+from penstock.kernels.logits import argmax, to_weights
 from penstock.kernels.sampling.reference import (
     add_bias,
     allow_only,
@@ -29,7 +29,6 @@ from penstock.kernels.sampling.reference import (
     draw_filtered,
     keep_filtered,
     padded_width,
-    to_weights,
     token_logprobs,
 )
 

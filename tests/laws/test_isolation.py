@@ -30,7 +30,11 @@ def _loaded_by(code: str) -> tuple[set[str], float]:
         ("penstock.frontend.main", HEAVY),
         ("penstock.frontend.app", HEAVY),
         ("penstock.tokenizer_service.main", ("torch", "triton")),
-        ("penstock.engine_service.main", ("torch", "triton", "transformers", "starlette")),
+        # Up to the start of the core; what follows is beside it.
+        ("penstock.engine_service.main", (*HEAVY, "starlette", "grpc", "google", "prometheus_client")),
+        ("penstock.engine_service.service", (*HEAVY, "starlette")),
+        ("penstock.engine_service.core.process", ("torch", "transformers", "triton")),
+        ("penstock.tokenizer_service.renderer", (*HEAVY, "grpc", "tokenizers", "pydantic", "asyncio")),
         ("penstock.local.cli", (*HEAVY, "starlette")),
         ("penstock.local", HEAVY),
     ],

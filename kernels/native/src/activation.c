@@ -12,10 +12,10 @@ struct silu {
 };
 
 PS_INLINE vf silu_times(vf gate, vf up) {
-    /* v_exp2 ends at 127: beyond, the quotient is 0 to the last bit of a bf16 and of a float's own result */
     vf power = gate * v_set(-1.44269504f);
-    power = v_select(power > v_set(126.0f), v_set(126.0f), power);
-    return gate / (v_set(1.0f) + v_exp2(power)) * up;
+    const vi far = power > v_set(126.0f); /* v_exp2 ends there, and the quotient is 0 */
+    vf value = gate / (v_set(1.0f) + v_exp2(v_select(far, v_set(0), power)));
+    return v_select(far, gate * v_set(0), value) * up;
 }
 
 PS_INLINE void silu_piece(const struct silu *s, int64_t task, int type) {

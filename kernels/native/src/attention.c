@@ -85,7 +85,8 @@ static int64_t place_of(const struct attention *a, const struct group *g, int64_
 }
 
 /* The rows as the products want them: consecutive, and widened if the mode asks for it. */
-PS_INLINE void take_queries(const struct attention *a, const struct group *g, char *rows, int type) {
+static void take_queries(const struct attention *a, const struct group *g, char *rows) {
+    const int type = a->type;
     const int mode = mode_of(type);
     for (int64_t r = 0; r < g->rows; r++) {
         const char *from = a->query + (size_t)place_of(a, g, r, a->query_stride) * size_of(type);
@@ -171,32 +172,60 @@ PS_INLINE void clean_values(const char *values, int64_t tokens, int64_t dim, cha
             t_set(clean, value_at(t, d, dim, type) - PS_TILE * dim, 0, type);
 }
 
-/* One segment, keys [first, end), of a group: a state of its own. */
-PS_INLINE void attend_segment(
-    const struct attention *a, const struct group *g, const char *queries, int64_t first, int64_t end,
-    struct state *state, int type) {
+/* Addresses of a group's tiles [first, first + count). */
+static void find_tiles(
+    const struct attention *a, const struct group *g, int64_t first, int64_t count, const char **tiles) {
+    const int64_t tiles_a_block = a->block_size / PS_TILE;
+    const int64_t *table = a->tables + g->seq * a->table_stride;
+    for (int64_t t = 0; t < count; t++) {
+        int64_t tile = first + t, block = table[tile / tiles_a_block];
+        int64_t index = (block * a->kv_heads + g->kv_head) * tiles_a_block + tile % tiles_a_block;
+        tiles[t] = a->cache + (size_t)(index * tile_size(a->dim)) * size_of(a->type);
+    }
+}
+
+static int64_t least(int64_t a, int64_t b) {
+    return a < b ? a : b;
+}
+
+/* The tiles that follow those of a segment of g which ends with tile `end`: its own next ones, else the first
+ * of the group that comes after it in memory's order, else again its last. Always CHUNK_TILES addresses. */
+static void find_next_tiles(
+    const struct attention *a, const struct group *g, const struct group *after, int64_t end, const char **tiles) {
+    const int64_t own = least((g->end_key + PS_TILE - 1) / PS_TILE - end, CHUNK_TILES);
+    int64_t found = own > 0 ? own : 0;
+    find_tiles(a, g, end, found, tiles);
+    if (!found && after && (after->seq != g->seq || after->kv_head != g->kv_head)) {
+        const int64_t first = after->first_key / PS_TILE;
+        found = least((after->end_key + PS_TILE - 1) / PS_TILE - first, CHUNK_TILES);
+        find_tiles(a, after, first, found, tiles);
+    }
+    for (; found < CHUNK_TILES; found++)
+        tiles[found] = tiles[-1];
+}
+
+/* One segment, keys [first, end), of a group: a state of its own. `after` is the next group, or null. */
+PS_INLINE void attend_segment_of(
+    const struct attention *a, const struct group *g, const struct group *after, const char *queries, int64_t first,
+    int64_t end, struct state *state, int type) {
     const int mode = mode_of(type);
     const size_t size = size_of(type);
     const int64_t dim = a->dim, width = padded(dim), rows = g->rows, share = a->num_heads / a->kv_heads;
-    const int64_t tiles_a_block = a->block_size / PS_TILE, seq_len = a->seq_lens[g->seq];
+    const int64_t seq_len = a->seq_lens[g->seq];
     const int64_t query_stride = dim * (mode == MODE_WIDE ? 4 : (int64_t)size);
     const int64_t value_offset = PS_TILE * dim * (int64_t)size, row_bytes = width * 4;
     const int64_t steps = type == PS_BF16 ? dim / 2 : dim;
     const int64_t weight_bytes = mode == MODE_PAIR ? 2 : 4;
-    const int64_t *table = a->tables + g->seq * a->table_stride;
     const char *tiles[SEGMENT_TILES + CHUNK_TILES];
     float scores[MOST_QUERIES * CHUNK];
     char weights[MOST_QUERIES * CHUNK * 4];
     char clean[PS_TILE * MOST_DIMS * 4];
 
+    _Static_assert(CHUNK_TILES % TILES_AT_ONCE == 0, "a chunk's tiles and their successors stay in the array");
     const int64_t first_tile = first / PS_TILE, num_tiles = (end + PS_TILE - 1) / PS_TILE - first_tile;
-    for (int64_t t = 0; t < num_tiles; t++) {
-        int64_t tile = first_tile + t, block = table[tile / tiles_a_block];
-        int64_t index = (block * a->kv_heads + g->kv_head) * tiles_a_block + tile % tiles_a_block;
-        tiles[t] = a->cache + (size_t)(index * tile_size(dim)) * size;
-    }
-    for (int64_t t = num_tiles; t < num_tiles + CHUNK_TILES; t++)
-        tiles[t] = tiles[num_tiles - 1]; /* read with the last ones, and not looked at */
+    find_tiles(a, g, first_tile, num_tiles, tiles);
+    /* Also read beside the last ones where their number is odd, and then not looked at. */
+    find_next_tiles(a, g, after, first_tile + num_tiles, tiles + num_tiles);
     for (int64_t r = 0; r < rows; r++) {
         state->high[r] = -INFINITY;
         state->sum[r] = 0;
@@ -211,10 +240,10 @@ PS_INLINE void attend_segment(
         const int64_t columns = count * PS_TILE;
         for (int64_t r = 0; r < rows; r += MOST_ROWS)
             for (int64_t i = 0; i < count; i += TILES_AT_ONCE) {
-                const char *const *next = r == 0 ? tiles + t + i + TILES_AT_ONCE : 0;
+                const char *const *next = r == 0 ? tiles + t + count + i : 0;
 #define SCORE(n) \
     score_rows( \
-        mode, n, queries + r * query_stride, query_stride, tiles + t + i, next, steps, value_offset, \
+        mode, n, queries + r * query_stride, query_stride, tiles + t + i, next, steps, \
         scores + r * CHUNK + i * PS_TILE, CHUNK)
                 PS_WITH_ROWS(rows - r, SCORE)
 #undef SCORE
@@ -236,9 +265,10 @@ PS_INLINE void attend_segment(
             state->sum[r] += to_weights(
                 scores + r * CHUNK, columns, or_zero(high), weights + r * CHUNK * weight_bytes, mode);
         }
-        const char *values[CHUNK_TILES];
+        const char *values[CHUNK_TILES], *next_values[CHUNK_TILES];
         for (int64_t i = 0; i < count; i++) {
             values[i] = tiles[t + i] + value_offset;
+            next_values[i] = tiles[t + count + i] + value_offset;
             const int64_t filled = seq_len - (chunk_key + i * PS_TILE);
             if (filled < PS_TILE) {
                 clean_values(values[i], filled, dim, clean, type);
@@ -246,24 +276,34 @@ PS_INLINE void attend_segment(
             }
         }
         for (int64_t r = 0; r < rows; r += MOST_ROWS) {
+            const char *const *next = r == 0 ? next_values : 0;
             int64_t d = 0;
 #define WEIGH(n) \
     weigh_rows( \
-        mode, n, VALUES_AT_ONCE, weights + r * CHUNK * weight_bytes, CHUNK * weight_bytes, values, (int)count, d * 4, \
-        row_bytes, state->out + r * width + d, width)
+        mode, n, VALUES_AT_ONCE, weights + r * CHUNK * weight_bytes, CHUNK * weight_bytes, values, next, (int)count, \
+        d * 4, row_bytes, state->out + r * width + d, width)
             for (; d + VALUES_AT_ONCE * PS_LANES <= width; d += VALUES_AT_ONCE * PS_LANES)
                 PS_WITH_ROWS(rows - r, WEIGH)
 #undef WEIGH
 #define WEIGH(n) \
     weigh_rows( \
-        mode, n, 1, weights + r * CHUNK * weight_bytes, CHUNK * weight_bytes, values, (int)count, d * 4, row_bytes, \
-        state->out + r * width + d, width)
+        mode, n, 1, weights + r * CHUNK * weight_bytes, CHUNK * weight_bytes, values, next, (int)count, d * 4, \
+        row_bytes, state->out + r * width + d, width)
             for (; d < width; d += PS_LANES)
                 PS_WITH_ROWS(rows - r, WEIGH)
 #undef WEIGH
         }
         t += count;
     }
+}
+
+static void attend_segment(
+    const struct attention *a, const struct group *g, const struct group *after, const char *queries, int64_t first,
+    int64_t end, struct state *state) {
+    if (a->type == PS_BF16)
+        attend_segment_of(a, g, after, queries, first, end, state, PS_BF16);
+    else
+        attend_segment_of(a, g, after, queries, first, end, state, PS_F32);
 }
 
 /* total += part, both states of `rows` rows: always in the order of the segments. */
@@ -282,8 +322,8 @@ static void add_state(
     }
 }
 
-PS_INLINE void write_out(
-    const struct attention *a, const struct group *g, const float *sum, const float *out, int type) {
+static void write_out(const struct attention *a, const struct group *g, const float *sum, const float *out) {
+    const int type = a->type;
     const int64_t dim = a->dim, width = padded(dim), whole = dim / PS_LANES * PS_LANES;
     for (int64_t r = 0; r < g->rows; r++) {
         char *to = a->out + (size_t)place_of(a, g, r, a->num_heads * dim) * size_of(type);
@@ -309,23 +349,26 @@ PS_INLINE void segment_keys(const struct group *g, int64_t segment, int64_t *fir
     *first = *first > g->first_key ? *first : g->first_key;
 }
 
-PS_INLINE void attend_group(const struct attention *a, const struct group *g, int type) {
+static void attend_whole(void *context, int64_t index) {
+    const struct plan *p = context;
+    const struct attention *a = p->a;
+    const struct group *g = &p->groups[index], *after = index + 1 < p->num_groups ? g + 1 : 0;
     char queries[MOST_QUERIES * MOST_DIMS * 4];
     struct state total, part;
     int64_t first, end;
-    take_queries(a, g, queries, type);
+    take_queries(a, g, queries);
     segment_keys(g, 0, &first, &end);
-    attend_segment(a, g, queries, first, end, &total, type);
+    attend_segment(a, g, after, queries, first, end, &total);
     for (int64_t s = 1; s < num_segments(g); s++) {
         segment_keys(g, s, &first, &end);
-        attend_segment(a, g, queries, first, end, &part, type);
+        attend_segment(a, g, after, queries, first, end, &part);
         add_state(total.high, total.sum, total.out, part.high, part.sum, part.out, g->rows, padded(a->dim));
     }
-    write_out(a, g, total.sum, total.out, type);
+    write_out(a, g, total.sum, total.out);
 }
 
 /* One segment of a group whose segments are divided; whoever does the last one sums up. */
-PS_INLINE void attend_part(const struct plan *p, int64_t index, int64_t segment, int type) {
+static void attend_part(const struct plan *p, int64_t index, int64_t segment) {
     const struct attention *a = p->a;
     const struct group *g = &p->groups[index];
     struct split *split = &p->splits[index];
@@ -333,9 +376,9 @@ PS_INLINE void attend_part(const struct plan *p, int64_t index, int64_t segment,
     char queries[MOST_QUERIES * MOST_DIMS * 4];
     struct state state;
     int64_t first, end;
-    take_queries(a, g, queries, type);
+    take_queries(a, g, queries);
     segment_keys(g, segment, &first, &end);
-    attend_segment(a, g, queries, first, end, &state, type);
+    attend_segment(a, g, 0, queries, first, end, &state);
     float *parts = p->parts + split->first_part * part_size, *own = parts + segment * part_size;
     memcpy(own, state.high, (size_t)rows * sizeof(float));
     memcpy(own + MOST_QUERIES, state.sum, (size_t)rows * sizeof(float));
@@ -348,15 +391,7 @@ PS_INLINE void attend_part(const struct plan *p, int64_t index, int64_t segment,
             parts, parts + MOST_QUERIES, parts + 2 * MOST_QUERIES, other, other + MOST_QUERIES,
             other + 2 * MOST_QUERIES, rows, width);
     }
-    write_out(a, g, parts + MOST_QUERIES, parts + 2 * MOST_QUERIES, type);
-}
-
-static void attend_whole(void *context, int64_t task) {
-    const struct plan *p = context;
-    if (p->a->type == PS_BF16)
-        attend_group(p->a, &p->groups[task], PS_BF16);
-    else
-        attend_group(p->a, &p->groups[task], PS_F32);
+    write_out(a, g, parts + MOST_QUERIES, parts + 2 * MOST_QUERIES);
 }
 
 static void attend_split(void *context, int64_t task) {
@@ -364,10 +399,7 @@ static void attend_split(void *context, int64_t task) {
     int64_t index = 0;
     while (task >= p->task_starts[index + 1])
         index++;
-    if (p->a->type == PS_BF16)
-        attend_part(p, index, task - p->task_starts[index], PS_BF16);
-    else
-        attend_part(p, index, task - p->task_starts[index], PS_F32);
+    attend_part(p, index, task - p->task_starts[index]);
 }
 
 /* PS_OK, or what is wrong with the batch. */

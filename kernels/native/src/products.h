@@ -62,11 +62,13 @@ PS_INLINE void multiply_add(
     }
 }
 
-/* scores[r][16 * t + i] = query row r . key i of tiles[t], for TILES_AT_ONCE tiles. `next`, where not null, are
- * tiles whose keys will be wanted soon: they are fetched beside the work, and the values of `tiles` too. */
+/* Both products fetch, beside their work, what `next` points to where it is not null: tiles that come a chunk
+ * later. Memory then never waits for arithmetic, nor the other way round. */
+
+/* scores[r][16 * t + i] = query row r . key i of tiles[t], for TILES_AT_ONCE tiles. */
 PS_INLINE void score_rows(
     int mode, int rows, const char *query, int64_t query_stride, const char *const *tiles, const char *const *next,
-    int64_t steps, int64_t value_offset, float *scores, int64_t scores_stride) {
+    int64_t steps, float *scores, int64_t scores_stride) {
     enum { VECTORS = TILES_AT_ONCE * VECTORS_A_TILE };
     vf sums[MOST_ROWS][MOST_VECTORS];
     const char *b[MOST_VECTORS];
@@ -78,10 +80,8 @@ PS_INLINE void score_rows(
     for (int64_t i = 0; i < steps; i++) {
         const int64_t offset = i * PS_TILE * LANE_BYTES;
         if (next)
-            for (int t = 0; t < TILES_AT_ONCE; t++) {
-                __builtin_prefetch(tiles[t] + value_offset + offset, 0, 3);
-                __builtin_prefetch(next[t] + offset, 0, 3);
-            }
+            for (int t = 0; t < TILES_AT_ONCE; t++)
+                __builtin_prefetch(next[t] + offset, 0, 2);
         multiply_add(mode, rows, VECTORS, sums, query + i * step_bytes(mode), query_stride, b, offset);
     }
     for (int r = 0; r < rows; r++)
@@ -93,7 +93,7 @@ PS_INLINE void score_rows(
  * into a row of values). */
 PS_INLINE void weigh_rows(
     int mode, int rows, int vectors, const char *weights, int64_t weights_stride, const char *const *values,
-    int count, int64_t first, int64_t row_bytes, float *out, int64_t out_stride) {
+    const char *const *next, int count, int64_t first, int64_t row_bytes, float *out, int64_t out_stride) {
     const int steps = mode == MODE_F32 ? PS_TILE : PS_TILE / 2;
     vf sums[MOST_ROWS][MOST_VECTORS];
     for (int r = 0; r < rows; r++)
@@ -103,10 +103,14 @@ PS_INLINE void weigh_rows(
         const char *b[MOST_VECTORS];
         for (int j = 0; j < vectors; j++)
             b[j] = values[t] + first + j * VECTOR_BYTES;
-        for (int i = 0; i < steps; i++)
+        for (int i = 0; i < steps; i++) {
+            if (next)
+                for (int j = 0; j < vectors; j++)
+                    __builtin_prefetch(next[t] + first + j * VECTOR_BYTES + i * row_bytes, 0, 2);
             multiply_add(
                 mode, rows, vectors, sums, weights + (t * steps + i) * step_bytes(mode), weights_stride, b,
                 i * row_bytes);
+        }
     }
     for (int r = 0; r < rows; r++)
         for (int j = 0; j < vectors; j++)
