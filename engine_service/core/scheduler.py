@@ -21,7 +21,7 @@ from penstock.engine_service.core.messages import AddRequest, Load, RequestError
 from penstock.engine_service.core.plan import Drafter, StepPlan
 from penstock.engine_service.core.planning import Chunk, Decodes, make_plan
 from penstock.engine_service.core.request import Request, Sequence
-from penstock.engine_service.core.running import RunningSet
+from penstock.engine_service.core.seats import Seats
 from penstock.engine_service.core.slots import Int32s, Int64s, SlotTable
 from penstock.engine_service.core.waiting import Deadlines, WaitingQueue
 
@@ -60,22 +60,18 @@ class Scheduler:
         self.table = SlotTable(num_slots, self.max_model_len, block_size)
         self._kv = KvCache(self.pool, self.table, enable_prefix_caching)
         self._budget = max_num_batched_tokens
-        self._free_slots = list(range(num_slots - 1, -1, -1))
         self._headroom = num_blocks // _HEADROOM_DIVISOR
-        self._on_release = on_release
+        self._seats = Seats(self.table, self._kv, on_release)
+        self._running = self._seats.running
         self._is_exact = is_exact
         self._decodes = Decodes(self.table, self._kv, drafter)
         self.drafter = drafter
         self._requests: dict[int, Request] = {}
-        self._running = RunningSet(num_slots)
         self._waiting = WaitingQueue()
         self._suspects: list[Sequence] = []
-        self._retired: list[tuple[int, int, list[int]]] = []  # (serial of the last plan, slot, blocks)
         self._planned = 0  # serial of the last plan
-        self._completed = 0  # serial of the last one that is no longer in flight
         self._deadlines = Deadlines()
         self._arrivals = 0
-        self._running_of: dict[int, int] = {}  # request id -> sequences holding a slot
         self._waiting_tokens = 0
         self._num_preemptions = 0
 
@@ -170,18 +166,18 @@ class Scheduler:
             if budget:
                 budget -= self._append_chunk(chunks, sequence, budget)
         # A victim cannot come straight back: whoever took its place holds at least one block it needs.
-        if budget and self._free_slots and len(self._waiting):
+        if budget and self._seats.num_free and len(self._waiting):
             self._admit_waiting(chunks, budget, now_us, casualties)
         return make_plan(self.table, self._running, decodes, chunks, self._next_serial()), casualties
 
     def completed(self, plan: StepPlan) -> None:
         """The step is no longer in flight, nor is any before it: what was kept for it becomes free."""
-        self._complete(plan.serial)
+        self._seats.complete(plan.serial)
 
     def abandon(self) -> None:
         """Nobody will tell of the steps in flight any more (an interrupt): they came to nothing."""
-        since = self._completed
-        self._complete(self._planned)
+        since = self._seats.completed
+        self._seats.complete(self._planned)
         for sequence in reversed(self._running.sequences.copy()):
             if self.table.last_plan[sequence.slot] > since:
                 self._preempt(sequence)
@@ -232,7 +228,7 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        return len(self._running) > 0 or len(self._waiting) > 0 or bool(self._retired)
+        return len(self._running) > 0 or len(self._waiting) > 0 or self._seats.has_retired
 
     @property
     def next_deadline_us(self) -> int | None:
@@ -243,7 +239,7 @@ class Scheduler:
 
     def load(self) -> Load:
         """The gauges and counters that are the scheduler's; a request runs while any choice has a slot."""
-        running = len(self._running_of)
+        running = self._seats.num_requests
         return Load(
             running=running,
             waiting=len(self._requests) - running,
@@ -257,12 +253,6 @@ class Scheduler:
         )
 
     # ------------------------------------------------------------------ inside
-
-    def _complete(self, serial: int) -> None:
-        self._completed = serial
-        while self._retired and self._retired[0][0] <= serial:
-            _, slot, blocks = self._retired.pop(0)
-            self._free(slot, blocks)
 
     def _next_serial(self) -> int:
         self._planned += 1
@@ -283,7 +273,7 @@ class Scheduler:
     def _admit_waiting(
         self, chunks: list[Chunk], budget: int, now_us: int, casualties: list[Casualty]
     ) -> None:
-        while budget and self._free_slots and (sequence := self._waiting.peek()) is not None:
+        while budget and self._seats.num_free and (sequence := self._waiting.peek()) is not None:
             try:
                 if not self._admit(sequence, now_us):
                     return
@@ -303,9 +293,9 @@ class Scheduler:
         if blocks is None:
             return False
         self._waiting.discard(sequence)
-        slot = self._free_slots.pop()
-        self.table.take(slot, sequence)
-        self._running.add(sequence)
+        if not self._seats.is_seated(request.id):
+            self._waiting_tokens -= request.num_prompt_tokens
+        slot = self._seats.take(sequence)
         self._kv.admit(sequence, blocks, read_prefix=read_prefix)
         self.table.exact[slot] = exact or self.drafter is not None
         self.table.draftable[slot] = not exact
@@ -314,10 +304,6 @@ class Scheduler:
             sequence.num_cached_tokens = sequence.num_computed_tokens
             if sequence.choice == 0:
                 request.cached_tokens = sequence.num_cached_tokens
-        holders = self._running_of.get(request.id, 0)
-        self._running_of[request.id] = holders + 1
-        if not holders:
-            self._waiting_tokens -= request.num_prompt_tokens
         return True
 
     def _schedule_suspect(self, now_us: int, casualties: list[Casualty]) -> list[Chunk]:
@@ -325,7 +311,7 @@ class Scheduler:
         sequence = self._suspects[0]
         chunks: list[Chunk] = []
         try:
-            while sequence.slot < 0 and not (self._free_slots and self._admit(sequence, now_us)):
+            while sequence.slot < 0 and not (self._seats.num_free and self._admit(sequence, now_us)):
                 self._preempt(self._running.last)
         except Exception:
             casualties.append(self._broken(sequence))
@@ -345,27 +331,9 @@ class Scheduler:
         self._waiting.push(sequence)
 
     def _release(self, sequence: Sequence, keep_tokens: bool) -> None:
-        """Takes slot and blocks from a running sequence; they are free once no step in flight uses them."""
-        self._on_release(sequence)
-        self._running.remove(sequence)
-        slot = sequence.slot
-        blocks = self._kv.release(sequence)
-        self.table.leave(sequence, keep_tokens)
-        last_plan = int(self.table.last_plan[slot])
-        if last_plan > self._completed:
-            self._retired.append((last_plan, slot, blocks))
-            self._retired.sort(key=lambda entry: entry[0])
-        else:
-            self._free(slot, blocks)
-        request = sequence.request
-        self._running_of[request.id] -= 1
-        if not self._running_of[request.id]:
-            del self._running_of[request.id]
-            self._waiting_tokens += request.num_prompt_tokens
-
-    def _free(self, slot: int, blocks: list[int]) -> None:
-        self.pool.release(blocks)
-        self._free_slots.append(slot)
+        self._seats.leave(sequence, keep_tokens)
+        if not self._seats.is_seated(sequence.request.id):
+            self._waiting_tokens += sequence.request.num_prompt_tokens
 
     def _close(self, sequence: Sequence) -> None:
         if sequence.finished:
