@@ -18,6 +18,7 @@ REFERENCE = "reference"
 _BY_DEVICE: dict[str, dict[str, tuple[str, ...]]] = {
     "activation": {"cpu": ("native",), "cuda": ("triton",)},
     "argmax": {"cpu": ("native",)},
+    "block_copy": {},
     "embedding": {"cuda": ("triton",)},
     "inputs": {"cuda": ("triton",)},
     "kv_write": {"cpu": ("native", "cpu"), "cuda": ("triton",)},

@@ -87,6 +87,32 @@ class KvCache:
                 self.num_queries += sequence.num_tokens
                 self.num_hits += len(found) * self.pool.block_size
 
+    def fork(self, parent: Sequence, num_shared: int, num_tokens: int) -> tuple[list[int], list[int]] | None:
+        """Blocks for a sequence of num_tokens that begins like `parent`, whose first num_shared tokens are
+        computed: the full ones of these are shared, the others new. None when there are too few."""
+        full = num_shared // self.pool.block_size
+        fresh = self.pool.allocate(self.pool.blocks_for(num_tokens) - full)
+        if fresh is None:
+            return None
+        shared = self._table.blocks(parent.slot)[:full]
+        for block in shared:
+            self.pool.share(block)
+        return shared, fresh
+
+    def seat_fork(
+        self, sequence: Sequence, parent: Sequence, blocks: tuple[list[int], list[int]], num_shared: int
+    ) -> None:
+        """Writes what `fork` gave into the row of the sequence's new slot. What is shared counts as computed,
+        a partial block included, which must be copied before it is read."""
+        shared, fresh = blocks
+        self._table.append_blocks(sequence.slot, shared + fresh)
+        self._table.num_computed[sequence.slot] = num_shared
+        if self._enabled:
+            chain, full = self._chain(parent), len(shared)
+            self._chains[sequence] = _Chain(
+                chain.hashes[: full + 1], chain.tokens[:full], min(full, chain.num_published)
+            )
+
     def missing(self, slots: Int64s, ends: Int32s) -> Int64s:
         """Blocks that each of `slots` lacks to hold `ends` tokens, [n], 0 or less: none."""
         return -(-ends // self.pool.block_size) - self._table.num_blocks[slots]

@@ -16,10 +16,11 @@ import logging
 from collections.abc import Callable
 
 from penstock.engine_service.core.block_pool import BlockPool
+from penstock.engine_service.core.forks import Forks, beam_headroom, checked_beam, slots_for, too_wide
 from penstock.engine_service.core.kv_cache import KvCache
 from penstock.engine_service.core.messages import AddRequest, Load, RequestError
 from penstock.engine_service.core.plan import Drafter, StepPlan
-from penstock.engine_service.core.planning import Chunk, Decodes, make_plan
+from penstock.engine_service.core.planning import Chunk, DecodeRows, Decodes, make_plan
 from penstock.engine_service.core.request import Request, Sequence
 from penstock.engine_service.core.seats import Seats
 from penstock.engine_service.core.slots import Int32s, Int64s, SlotTable
@@ -63,6 +64,7 @@ class Scheduler:
         self._headroom = num_blocks // _HEADROOM_DIVISOR
         self._seats = Seats(self.table, self._kv, on_release)
         self._running = self._seats.running
+        self._forks = Forks(self.table, self._kv, self._seats)
         self._is_exact = is_exact
         self._decodes = Decodes(self.table, self._kv, drafter)
         self.drafter = drafter
@@ -91,7 +93,7 @@ class Scheduler:
                 f"The prompt has {len(params.prompt)} tokens; this engine can hold {self.max_model_len - 1}.",
                 "prompt",
             )
-        request = Request.create(params)
+        request = Request.create(checked_beam(params, self.table.num_slots, self.max_model_len))
         self._arrivals += 1
         for sequence in request.sequences:
             sequence.rank = (params.priority, self._arrivals, sequence.choice)
@@ -153,7 +155,7 @@ class Scheduler:
             if in_flight:
                 return None, casualties
             chunks = self._schedule_suspect(now_us, casualties)
-            return make_plan(self.table, self._running, None, chunks, self._next_serial()), casualties
+            return self._make_plan(None, chunks), casualties
         decodes = self._decodes.select(self._running, in_flight, self._budget)
         while decodes is None:
             if in_flight:
@@ -166,9 +168,9 @@ class Scheduler:
             if budget:
                 budget -= self._append_chunk(chunks, sequence, budget)
         # A victim cannot come straight back: whoever took its place holds at least one block it needs.
-        if budget and self._seats.num_free and len(self._waiting):
+        if self._seats.num_free:
             self._admit_waiting(chunks, budget, now_us, casualties)
-        return make_plan(self.table, self._running, decodes, chunks, self._next_serial()), casualties
+        return self._make_plan(decodes, chunks), casualties
 
     def completed(self, plan: StepPlan) -> None:
         """The step is no longer in flight, nor is any before it: what was kept for it becomes free."""
@@ -179,7 +181,7 @@ class Scheduler:
         since = self._seats.completed
         self._seats.complete(self._planned)
         for sequence in reversed(self._running.sequences.copy()):
-            if self.table.last_plan[sequence.slot] > since:
+            if sequence.slot >= 0 and self.table.last_plan[sequence.slot] > since:
                 self._preempt(sequence)
 
     def publish(self, sequence: Sequence, num_computed: int) -> None:
@@ -200,7 +202,7 @@ class Scheduler:
         request = sequence.request
         if not request.started and num_computed >= sequence.num_prompt_tokens:
             request.started = True
-            for sibling in request.sequences[1:]:
+            for sibling in request.sequences[1:] if request.search is None else ():
                 if not sibling.finished:
                     self._waiting.push(sibling)
 
@@ -208,8 +210,10 @@ class Scheduler:
         """After a failed step: all that was in it is computed again, one sequence at a time, until each has
         got through one step. So the next failure names its cause, and the others live."""
         for sequence in self.requeue(plan):
-            if sequence not in self._suspects:
-                self._suspects.append(sequence)
+            # All beams of a request come back through the first.
+            suspect = sequence if sequence.request.search is None else sequence.request.sequences[0]
+            if suspect not in self._suspects:
+                self._suspects.append(suspect)
         self._suspects.sort(key=lambda sequence: sequence.rank)
 
     def requeue(self, plan: StepPlan) -> list[Sequence]:
@@ -220,9 +224,33 @@ class Scheduler:
             for sequence, slot, epoch in zip(plan.sequences, plan.slots, plan.epochs, strict=True)
             if epochs[slot] == epoch
         ]
+        lost += [sequence for sequence in plan.copied if sequence.slot >= 0 and sequence not in lost]
         for sequence in reversed(lost):
-            self._preempt(sequence)
+            if sequence.slot >= 0:
+                self._preempt(sequence)
         return lost
+
+    # ------------------------------------------------------------------ beams
+
+    def fork(self, sequence: Sequence, parent: Sequence, num_shared: int) -> bool:
+        """A slot and blocks for a beam without any, whose first num_shared ids are those that `parent` has
+        computed. Others of lower rank give way; False when only those of higher rank are left, to which all
+        beams of the request have given way. Raises RequestError when nobody else is left."""
+        while not self._forks.seat(sequence, parent, num_shared):
+            victim = self._running.last
+            if victim.request is sequence.request:
+                if self._seats.num_requests == 1 and not self._seats.has_retired:
+                    raise too_wide()
+                self._preempt(victim)
+                return False
+            self._preempt(victim)
+        return True
+
+    def vacate(self, sequence: Sequence) -> None:
+        """The beam, if it runs, has no part in the search any more: its slot and blocks go."""
+        if sequence.slot >= 0:
+            self._release(sequence, keep_tokens=False)
+        self._kv.forget(sequence)
 
     # ------------------------------------------------------------------ state
 
@@ -254,9 +282,12 @@ class Scheduler:
 
     # ------------------------------------------------------------------ inside
 
-    def _next_serial(self) -> int:
+    def _make_plan(self, decodes: DecodeRows | None, chunks: list[Chunk]) -> StepPlan:
         self._planned += 1
-        return self._planned
+        plan = make_plan(self.table, self._running, decodes, chunks, self._planned)
+        if len(plan):
+            plan.copied, plan.copies = self._forks.take_copies()
+        return plan
 
     def _make_room(self) -> None:
         """Blocks for the next token of each decode, first in rank first, taken from the last in rank."""
@@ -273,7 +304,7 @@ class Scheduler:
     def _admit_waiting(
         self, chunks: list[Chunk], budget: int, now_us: int, casualties: list[Casualty]
     ) -> None:
-        while budget and self._seats.num_free and (sequence := self._waiting.peek()) is not None:
+        while budget and (sequence := self._waiting.peek()) is not None:
             try:
                 if not self._admit(sequence, now_us):
                     return
@@ -287,8 +318,10 @@ class Scheduler:
         request = sequence.request
         compute_all = request.params.skip_cache_read or sequence.sampling.prompt_logprobs is not None
         read_prefix = request.started or not compute_all
-        headroom = self._headroom if len(self._running) else 0
-        exact = self._is_exact(sequence)
+        headroom = self._headroom + beam_headroom(sequence, self.pool) if len(self._running) else 0
+        if self._seats.num_free < (slots_for(sequence) if len(self._running) else 1):
+            return False
+        exact = request.search is not None or self._is_exact(sequence)
         blocks = self._kv.find(sequence, read_prefix=read_prefix, headroom=headroom)
         if blocks is None:
             return False
@@ -311,7 +344,7 @@ class Scheduler:
         sequence = self._suspects[0]
         chunks: list[Chunk] = []
         try:
-            while sequence.slot < 0 and not (self._seats.num_free and self._admit(sequence, now_us)):
+            while sequence.slot < 0 and not self._admit(sequence, now_us):
                 self._preempt(self._running.last)
         except Exception:
             casualties.append(self._broken(sequence))
@@ -325,13 +358,22 @@ class Scheduler:
         return sequence.request, RequestError("internal_error", "An internal error occurred.")
 
     def _preempt(self, sequence: Sequence) -> None:
-        self._release(sequence, keep_tokens=True)
+        """A running sequence gives way; of a beam search all do, and come back through the first."""
+        if sequence.request.search is not None:
+            sequence.request.search.restart()
+            for beam in sequence.request.sequences:
+                if beam.slot >= 0:
+                    self._release(beam, keep_tokens=True)
+            sequence = sequence.request.sequences[0]
+        else:
+            self._release(sequence, keep_tokens=True)
         sequence.num_preemptions += 1
         self._num_preemptions += 1
         self._waiting.push(sequence)
 
     def _release(self, sequence: Sequence, keep_tokens: bool) -> None:
         self._seats.leave(sequence, keep_tokens)
+        self._forks.forget(sequence)
         if not self._seats.is_seated(sequence.request.id):
             self._waiting_tokens += sequence.request.num_prompt_tokens
 
