@@ -1,7 +1,7 @@
 """Beam search over one request: which continuations go on, which are answers, when it is over. Knows no slots
 and no blocks.
 
-The rules are those of transformers' `generate(num_beams=...)`, so that both give the same beams: of all beams'
+The rules are those of transformers' `generate(num_beams=...)`, so that both give the same: of all beams'
 continuations the best by summed log-probability go on; one that ends is an answer if it is among the best
 `width` of its step, and answers are ranked by that sum over length ** length_penalty. Sums are float32, as
 theirs.

@@ -1,4 +1,4 @@
-"""Answers that are told only when all of a request's candidates have ended, best first. Knows no scheduler."""
+"""Answers that are told only when all candidates have ended, best first. Knows no scheduler."""
 
 from __future__ import annotations
 
@@ -37,9 +37,7 @@ class Ranking:
         if self._keeps_rows:
             held.rows.append(row)
 
-    def finish(
-        self, candidate: int, reason: int, stop_token_id: int | None, stopped_by_eos: bool
-    ) -> None:
+    def finish(self, candidate: int, reason: int, stop_token_id: int | None, stopped_by_eos: bool) -> None:
         held = self._candidates[candidate]
         held.reason, held.stop_token_id, held.stopped_by_eos = reason, stop_token_id, stopped_by_eos
         held.score = held.cumulative_logprob / max(1, len(held.tokens))

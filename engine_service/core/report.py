@@ -127,9 +127,8 @@ class StepReport:
     def add_answers(self, request: Request, answers: list[HeldAnswer], now_us: int) -> None:
         """The choices of a request that has ended, in this order."""
         for sequence, held in zip(request.sequences, answers, strict=False):
-            rows = held.rows or [None] * len(held.tokens)
-            for token, row in zip(held.tokens, rows, strict=True):
-                self.add_token(sequence, token, row)
+            for index, token in enumerate(held.tokens):
+                self.add_token(sequence, token, held.rows[index] if held.rows else None)
             self._finished.append(
                 Finish(
                     request.id,

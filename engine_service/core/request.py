@@ -70,6 +70,11 @@ class Sequence:
         return [] if self.table is None else self.table.blocks(self.slot)
 
     @property
+    def entrance(self) -> Sequence:
+        """The one that is queued to compute it (again): all beams of a request start from the first."""
+        return self if self.request.search is None else self.request.sequences[0]
+
+    @property
     def key(self) -> tuple[int, int]:
         """(request id, choice): unique for the life of the core."""
         return (self.request.id, self.choice)
@@ -112,6 +117,11 @@ class Request:
         if len(self.sequences) > 1 or self.search is not None:
             return self.shared_tokens
         return self.sequences[0].num_output_tokens
+
+    @property
+    def siblings(self) -> list[Sequence]:
+        """Who is queued once the first has computed the prompt; beams are made as they are found."""
+        return [] if self.search is not None else self.sequences[1:]
 
     @property
     def held_back(self) -> bool:

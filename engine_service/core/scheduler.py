@@ -202,7 +202,7 @@ class Scheduler:
         request = sequence.request
         if not request.started and num_computed >= sequence.num_prompt_tokens:
             request.started = True
-            for sibling in request.sequences[1:] if request.search is None else ():
+            for sibling in request.siblings:
                 if not sibling.finished:
                     self._waiting.push(sibling)
 
@@ -210,10 +210,8 @@ class Scheduler:
         """After a failed step: all that was in it is computed again, one sequence at a time, until each has
         got through one step. So the next failure names its cause, and the others live."""
         for sequence in self.requeue(plan):
-            # All beams of a request come back through the first.
-            suspect = sequence if sequence.request.search is None else sequence.request.sequences[0]
-            if suspect not in self._suspects:
-                self._suspects.append(suspect)
+            if sequence.entrance not in self._suspects:
+                self._suspects.append(sequence.entrance)
         self._suspects.sort(key=lambda sequence: sequence.rank)
 
     def requeue(self, plan: StepPlan) -> list[Sequence]:
@@ -358,15 +356,13 @@ class Scheduler:
         return sequence.request, RequestError("internal_error", "An internal error occurred.")
 
     def _preempt(self, sequence: Sequence) -> None:
-        """A running sequence gives way; of a beam search all do, and come back through the first."""
+        """A running sequence gives way, and of a beam search all of them."""
+        for member in sequence.request.sequences if sequence.request.search is not None else [sequence]:
+            if member.slot >= 0:
+                self._release(member, keep_tokens=True)
         if sequence.request.search is not None:
             sequence.request.search.restart()
-            for beam in sequence.request.sequences:
-                if beam.slot >= 0:
-                    self._release(beam, keep_tokens=True)
-            sequence = sequence.request.sequences[0]
-        else:
-            self._release(sequence, keep_tokens=True)
+        sequence = sequence.entrance
         sequence.num_preemptions += 1
         self._num_preemptions += 1
         self._waiting.push(sequence)

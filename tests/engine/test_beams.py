@@ -64,8 +64,9 @@ def oracle(folder: Path) -> Callable[..., list[tuple[list[int], float]]]:
         if key not in known:
             ids = torch.tensor([prompt])
             made = model.generate(
-                ids, num_beams=width, num_return_sequences=width, length_penalty=penalty, early_stopping=early,
-                eos_token_id=ends, pad_token_id=271, max_new_tokens=NEW, min_new_tokens=fewest or None,
+                ids, num_beams=width, num_return_sequences=width, length_penalty=penalty,
+                early_stopping=early, eos_token_id=ends, pad_token_id=271, max_new_tokens=NEW,
+                min_new_tokens=fewest or None,
                 do_sample=False, attention_mask=torch.ones_like(ids), output_scores=True, output_logits=True,
                 return_dict_in_generate=True,
             )  # fmt: skip
@@ -181,8 +182,6 @@ def test_beams_in_a_crowd(
     folder: Path, oracle: Callable[..., Any], make: Any, limits: dict[str, Any]
 ) -> None:
     """Searches beside each other and beside other requests, which stay the same too."""
-    if make is on_device and "max_num_seqs" in limits:
-        pytest.skip("the runner's slots are fixed here")
     alone = make(folder)
     plain = [
         AddRequest(id=1000 + i, prompt=PROMPTS[i], max_new_tokens=30, sampling=Sampling(temperature=0.0))
@@ -333,9 +332,7 @@ def test_no_block_is_written_by_two_and_nothing_is_left(seed: int, lookahead: bo
         n = asked[number] = dice.randint(1, width)
         if not fields and dice.random() < 0.5:
             fields = {"best_of": n + dice.randint(0, 2)}
-        harness.put(
-            AddRequest(number, prompt, n=n, max_new_tokens=20, eos_token_ids=ends, **fields)
-        )
+        harness.put(AddRequest(number, prompt, n=n, max_new_tokens=20, eos_token_ids=ends, **fields))
         harness.steps(dice.randint(0, 3))
         if dice.random() < 0.2:
             silenced.add(victim := dice.randint(1, number))
