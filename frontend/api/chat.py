@@ -7,8 +7,10 @@ from typing import Any
 from penstock.frontend.api.answer import WholeAnswer
 from penstock.frontend.api.chat_frames import ChatFrames, whole_chat
 from penstock.frontend.api.chat_request import ChatRequest
-from penstock.frontend.api.generate import Plan, answer, make_plan, read_request, timeout_of
+from penstock.frontend.api.echo import chat_echo
+from penstock.frontend.api.generate import answer, read_request
 from penstock.frontend.api.identity import Identity
+from penstock.frontend.api.plan import Plan, make_plan, timeout_of
 from penstock.frontend.context import Context
 from penstock.frontend.exchange import Exchange
 from penstock.frontend.prompts import render_chat
@@ -36,6 +38,7 @@ async def _plan(exchange: Exchange, context: Context, request: ChatRequest, raw_
         alternatives=request.alternatives,
         prompt_param="messages",
         stop_token_ids=list(rendered.stop_token_ids),
+        echoes=chat_echo(request),
     )
 
 

@@ -80,7 +80,6 @@ class ChatRequest(GenerationRequest):
 
     unserved: ClassVar[dict[str, Callable[[Any], bool]]] = {
         **UNSERVED,
-        "best_of": lambda value: True,
         "tools": empty,
         "tool_choice": one_of("none", "auto"),
         "functions": empty,
