@@ -90,8 +90,8 @@ async def encode_gaps(
     request_id: str,
     timeout_s: float | None,
 ) -> tuple[list[list[int]], list[int]]:
-    """The ids that ask for what stands between each prompt and the request's suffix, and the ids that end such
-    an answer. Raises ApiError, unsupported_parameter for a model that cannot."""
+    """The ids that ask for what stands between each prompt and the request's suffix, and the ids that end
+    such an answer. Raises ApiError, unsupported_parameter for a model that cannot."""
     encode = tokenizer_pb2.EncodeRequest(
         request_id=request_id,
         model=tokenizer.info.model,

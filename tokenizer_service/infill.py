@@ -37,9 +37,7 @@ _FAMILIES = (
         ("<|endoftext|>", "<|fim_pad|>", "<|repo_name|>", "<|file_sep|>", "<|file_separator|>"),
     ),
     # StarCoder, StarCoder 2, Granite Code
-    Family(
-        ("<fim_prefix>", PREFIX, "<fim_suffix>", SUFFIX, "<fim_middle>"), ("<|endoftext|>", "<file_sep>")
-    ),
+    Family(("<fim_prefix>", PREFIX, "<fim_suffix>", SUFFIX, "<fim_middle>"), ("<|endoftext|>", "<file_sep>")),
     # DeepSeek Coder
     Family(("<｜fim▁begin｜>", PREFIX, "<｜fim▁hole｜>", SUFFIX, "<｜fim▁end｜>")),
     # CodeLlama
