@@ -61,7 +61,10 @@ class KvCache:
         """
         if self._still_refused(sequence, headroom):
             return None
-        found = self._look_up(sequence) if self._enabled and read_prefix else []
+        if not self._enabled:
+            found = self._of_first_choice(sequence)
+        else:
+            found = self._look_up(sequence) if read_prefix else []
         num_new = self.pool.blocks_for(sequence.num_tokens) - len(found)
         num_free = self.pool.num_free
         for block in found:
@@ -206,6 +209,16 @@ class KvCache:
             if self.pool.find(chain.hashes[index + 1], chain.hashes[index], chain.tokens[index]) is not None:
                 return False
         return self.pool.num_free < last.needed
+
+    def _of_first_choice(self, sequence: Sequence) -> list[int]:
+        """The prompt's full blocks, for a choice that begins while the first one, which computed them, runs."""
+        request = sequence.request
+        first = request.sequences[0]
+        count = (sequence.num_tokens - 1) // self.pool.block_size
+        is_ahead = sequence is not first and first.num_computed_tokens >= count * self.pool.block_size
+        if not (request.started and is_ahead) or sequence.num_output_tokens:
+            return []
+        return self._table.blocks(first.slot)[:count]
 
     def _look_up(self, sequence: Sequence) -> list[int]:
         limit = (sequence.num_tokens - 1) // self.pool.block_size
