@@ -211,7 +211,7 @@ class KvCache:
         return self.pool.num_free < last.needed
 
     def _of_first_choice(self, sequence: Sequence) -> list[int]:
-        """The prompt's full blocks, for a choice that begins while the first one, which computed them, runs."""
+        """The prompt's full blocks, for a choice that begins while the first one runs, which has them."""
         request = sequence.request
         first = request.sequences[0]
         count = (sequence.num_tokens - 1) // self.pool.block_size
