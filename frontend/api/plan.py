@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from penstock.frontend.api.echo import Echo
 from penstock.frontend.api.generation_request import GenerationRequest
-from penstock.frontend.api.ranking import num_candidates, set_ranking
+from penstock.frontend.api.ranking import check_slots, num_candidates, set_ranking
 from penstock.frontend.catalog import Model
 from penstock.frontend.context import Context
 from penstock.frontend.effective import (
@@ -105,6 +105,7 @@ async def make_plan(
             f"'{param}' times the number of prompts must be at most {MAX_TOTAL_CHOICES}.",
             param,
         )
+    check_slots(request, model.info.limits.max_running)
     scores_echo = echoes is not None and echoes[0].first is not None
     scored = _prompt_alternatives(request, prompts, alternatives if scores_echo else None)
     sampling, chosen = choose_sampling(request, context.overrides, model.info.generation_defaults)

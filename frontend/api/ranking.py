@@ -62,6 +62,16 @@ def _check_beams(request: GenerationRequest) -> None:
             raise unsupported(name, "is not supported in a beam search")
 
 
+def check_slots(request: GenerationRequest, max_running: int) -> None:
+    """max_running: sequences of one step of the engine, 0: unknown. Raises ApiError for more beams than that,
+    which run together or not at all."""
+    if request.use_beam_search and 0 < max_running < num_candidates(request):
+        param = "best_of" if request.best_of is not None else "n"
+        raise ApiError(
+            "invalid_value", f"'{param}': this engine searches with at most {max_running} beams.", param
+        )
+
+
 def set_ranking(request: GenerationRequest, made: engine_pb2.GenerateRequest) -> None:
     """Beams are ranked by the engine. Candidates of best_of are ranked by best_of.BestOf: only the text tells
     where a stop string ends them."""

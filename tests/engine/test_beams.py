@@ -99,14 +99,19 @@ def plain_kernels(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 def engine(folder: Path, **limits: Any) -> Harness:
-    blocks = limits.pop("num_blocks", 400)
-    length = min(128, blocks * 4)
+    blocks, size = limits.pop("num_blocks", 400), limits.pop("block_size", 4)
+    length = min(128, blocks * size)
     built = build(
-        Configure(str(folder), num_kv_blocks=blocks, block_size=4, max_model_len=length, threads=1),
+        Configure(str(folder), num_kv_blocks=blocks, block_size=size, max_model_len=length, threads=1),
         lambda done, total: None,
     )
     limits = {"max_num_seqs": 24, "max_num_batched_tokens": 256, **limits}
-    return Harness(built.runner, num_blocks=blocks, block_size=4, max_model_len=length, **limits)
+    return Harness(built.runner, num_blocks=blocks, block_size=size, max_model_len=length, **limits)
+
+
+def of_16_tokens(folder: Path) -> Harness:
+    """Blocks of the size that the CPU's own layout of the cache is for."""
+    return engine(folder, block_size=16)
 
 
 def on_device(folder: Path, **limits: Any) -> Harness:
@@ -154,7 +159,7 @@ ALL = [
 ]
 
 
-@pytest.mark.parametrize("make", [engine, on_device], ids=["host", "on_device"])
+@pytest.mark.parametrize("make", [engine, of_16_tokens, on_device], ids=["host", "host-16", "on_device"])
 def test_beams_equal_transformers_one_by_one(folder: Path, oracle: Callable[..., Any], make: Any) -> None:
     harness = make(folder)
     for number, prompt, case in ALL:
