@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from sampler_rows import append, sample
+from sampler_rows import append, chi_square, sample
 from torch import Tensor
 
 from penstock.engine_service.core.device_sampler import DeviceSampler
@@ -98,19 +98,6 @@ def exact(logits: NDArray[np.float64], sampling: Sampling) -> NDArray[np.float64
     return result
 
 
-def statistic(counts: NDArray[np.int64], probabilities: NDArray[np.float64]) -> tuple[float, float]:
-    """(chi-square, what a right sampler stays below); tokens expected fewer than 5 times are one."""
-    expected = probabilities * counts.sum()
-    common = expected >= 5
-    observed = np.append(counts[common], counts[~common].sum())
-    expected = np.append(expected[common], expected[~common].sum())
-    observed, expected = observed[expected > 0], expected[expected > 0]
-    degrees = max(len(expected) - 1, 1)
-    spread = 2 / (9 * degrees)  # Wilson and Hilferty 1931
-    bound = degrees * (1 - spread + 4.0 * math.sqrt(spread)) ** 3
-    return float(((observed - expected) ** 2 / expected).sum()), bound
-
-
 def drawn(draw: Draw, logits: Tensor, fields: dict[str, Any], count: int = 3000) -> NDArray[np.int64]:
     sequences = []
     for seed in range(count):
@@ -132,7 +119,7 @@ def test_draws_follow_the_exact_softmax(draw: Draw, fields: dict[str, Any]) -> N
     probabilities = exact(logits.double().numpy(), Sampling(**fields))
     counts = drawn(draw, logits, fields, 3000 if draw is on_host else 1000)
     assert counts[probabilities == 0].sum() == 0
-    found, bound = statistic(counts, probabilities)
+    found, bound = chi_square(counts, probabilities)
     assert found < bound
 
 
@@ -148,7 +135,7 @@ def test_draws_follow_the_exact_softmax(draw: Draw, fields: dict[str, Any]) -> N
 )
 def test_the_test_would_notice(fields: dict[str, Any], wrong: dict[str, Any]) -> None:
     logits = some_logits()
-    found, bound = statistic(
+    found, bound = chi_square(
         drawn(on_host, logits, wrong), exact(logits.double().numpy(), Sampling(**fields))
     )
     assert found > bound
