@@ -14,7 +14,7 @@ import grpc
 
 from penstock.engine_service.admission import Admission
 from penstock.engine_service.client import EngineClient, Live, Sink
-from penstock.engine_service.core.messages import AddRequest, Constraint, ConstraintSource, Ready
+from penstock.engine_service.core.messages import AddRequest, Constraint, ConstraintSource, EndChoice, Ready
 from penstock.engine_service.core_keeper import State
 from penstock.engine_service.drain import Drain
 from penstock.engine_service.generate import GenerateSink
@@ -168,6 +168,10 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
             async for request in requests:
                 self._client.abort([sink.slots.pop(slot) for slot in request.aborts if slot in sink.slots])
                 sink.cancel_preparing(request.aborts)
+                for ended in request.choice_aborts:
+                    live = sink.slots.get(ended.slot)
+                    if live is not None and live.sent:
+                        self._client.keeper.send(EndChoice(live.id, ended.choice))
                 self._start_all(request, sink)
             sink.close_input()
         except asyncio.CancelledError:

@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from penstock.engine_service import ranking
 from penstock.engine_service.constraint_source import MAX_STARTS_AFTER, constraint_source
 from penstock.engine_service.core.messages import AddRequest, ConstraintSource, Ready, Sampling
 from penstock.protos import engine_pb2 as pb
@@ -51,10 +52,6 @@ class Validator:
         _refuse_unserved(request)
         prompt = self._prompt(request)
         n = _within(request.n if request.HasField("n") else 1, 1, MAX_N, "n")
-        if request.HasField("best_of") and request.best_of != n:
-            if request.best_of < n:
-                raise _invalid("best_of must be at least n.", "best_of")
-            raise _unserved("best_of")
         _check_prompt_rows(len(prompt), _count(request.output, "prompt_logprobs"))
         stop = request.stop
         max_new, min_new = self._lengths(stop, len(prompt))
@@ -73,6 +70,8 @@ class Validator:
             arrival_us=now_us,
             queue_deadline_us=_after(now_us, self._queue_timeout(request.scheduling)),
             deadline_us=_after(now_us, timeout_us),
+            best_of=ranking.best_of(request, n, MAX_N),
+            beam=ranking.beam(request, n, self.ready),
         )
 
     def constraint(self, request: pb.GenerateRequest) -> ConstraintSource | None:
@@ -183,8 +182,6 @@ def _refuse_unserved(request: pb.GenerateRequest) -> None:
     for name in ("media", "kv_transfer"):
         if getattr(request, name):
             raise _unserved(name)
-    if request.HasField("beam_search"):
-        raise _unserved("beam_search")
     if request.scheduling.tenant:
         raise _unserved("scheduling.tenant")
     if request.scheduling.HasField("weight"):

@@ -20,7 +20,10 @@ TAG_PREFIX = "~"
 _PRINTABLE = re.compile(r"[^\x20-\x7e]")
 
 # Fields of the engine's contract that have another name in the API.
-_API_NAMES = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens", "salt": "cache_salt"}
+_API_NAMES = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens", "salt": "cache_salt"} | {
+    "width": "best_of",
+    "exhaustive": "early_stopping",
+}
 
 _TYPE_NAMES = {
     "int_type": "an integer",

@@ -368,6 +368,8 @@ class Generation:
         self._listener.on_delta(Delta(index, text, token_ids, logprobs, reason, stop_reason, self.usage))
         if not self._num_running:
             self._end("finished")
+        elif isinstance(stop_reason, str) and self._engine is not None:
+            self._engine.end_choice(self._slot, index)
 
     def _take_usage(self, usage: common_pb2.Usage) -> None:
         self.usage.prompt_tokens = usage.prompt_tokens or self.usage.prompt_tokens

@@ -88,6 +88,28 @@ async def encode_prompts(
     return prompts
 
 
+async def encode_gaps(
+    tokenizer: ModelTokenizer,
+    model: Model,
+    request: CompletionRequest,
+    request_id: str,
+    timeout_s: float | None,
+) -> tuple[list[list[int]], list[int]]:
+    """The ids that ask for what stands between each prompt and the request's suffix, and the ids that end
+    such an answer. Raises ApiError, unsupported_parameter for a model that cannot."""
+    encode = tokenizer_pb2.EncodeRequest(
+        request_id=request_id,
+        model=tokenizer.info.model,
+        texts=request.texts or [],
+        suffix=request.suffix or "",
+        max_tokens=max(1, model.info.max_model_len - 1),
+    )
+    if request.add_special_tokens is not None:
+        encode.add_special_tokens = request.add_special_tokens
+    answer = await tokenizer.encode(encode, timeout_s)
+    return [list(encoding.ids) for encoding in answer.encodings], list(answer.stop_token_ids)
+
+
 async def encode_bad_words(
     tokenizer: ModelTokenizer, words: list[str], timeout_s: float | None
 ) -> list[TokenIds]:

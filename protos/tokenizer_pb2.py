@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from penstock.protos import common_pb2 as penstock_dot_protos_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fpenstock/protos/tokenizer.proto\x12\x0bpenstock.v1\x1a\x1cpenstock/protos/common.proto\"\x8c\x04\n\rRenderRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x15\n\rmessages_json\x18\x03 \x01(\x0c\x12\x12\n\ntools_json\x18\x04 \x01(\x0c\x12\x16\n\x0e\x64ocuments_json\x18\x05 \x01(\x0c\x12\x1c\n\x14template_kwargs_json\x18\x06 \x01(\x0c\x12\x1a\n\rchat_template\x18\x07 \x01(\tH\x00\x88\x01\x01\x12\"\n\x15\x61\x64\x64_generation_prompt\x18\x08 \x01(\x08H\x01\x88\x01\x01\x12\x1e\n\x16\x63ontinue_final_message\x18\t \x01(\x08\x12\x1a\n\x12\x61\x64\x64_special_tokens\x18\n \x01(\x08\x12\x1d\n\x10reasoning_effort\x18\x0b \x01(\tH\x02\x88\x01\x01\x12#\n\x16truncate_prompt_tokens\x18\x0c \x01(\rH\x03\x88\x01\x01\x12\x13\n\x0breturn_text\x18\r \x01(\x08\x12\x32\n\x0e\x63ontent_format\x18\x0e \x01(\x0e\x32\x1a.penstock.v1.ContentFormat\x12\x12\n\nmax_tokens\x18\x0f \x01(\rB\x10\n\x0e_chat_templateB\x18\n\x16_add_generation_promptB\x13\n\x11_reasoning_effortB\x19\n\x17_truncate_prompt_tokens\"\xec\x01\n\x0eRenderResponse\x12\x0b\n\x03ids\x18\x01 \x03(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x16\n\x0estop_token_ids\x18\x03 \x03(\r\x12\x19\n\x11\x65nds_in_reasoning\x18\x04 \x01(\x08\x12\x13\n\x0btool_parser\x18\x05 \x01(\t\x12\x18\n\x10reasoning_parser\x18\x06 \x01(\t\x12\x32\n\x0e\x63ontent_format\x18\x07 \x01(\x0e\x32\x1a.penstock.v1.ContentFormat\x12)\n\x05media\x18\x08 \x03(\x0b\x32\x1a.penstock.v1.RenderedMedia\"K\n\rRenderedMedia\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\r\x12\x0e\n\x06length\x18\x03 \x01(\r\x12\x0c\n\x04hash\x18\x04 \x01(\x0c\"\xb3\x02\n\rEncodeRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\r\n\x05texts\x18\x03 \x03(\t\x12\r\n\x05pairs\x18\x04 \x03(\t\x12\x1f\n\x12\x61\x64\x64_special_tokens\x18\x05 \x01(\x08H\x00\x88\x01\x01\x12\x1c\n\x0ftruncate_tokens\x18\x06 \x01(\rH\x01\x88\x01\x01\x12\x34\n\x0ftruncation_side\x18\x07 \x01(\x0e\x32\x1b.penstock.v1.TruncationSide\x12\x16\n\x0ereturn_offsets\x18\x08 \x01(\x08\x12\x15\n\rreturn_tokens\x18\t \x01(\x08\x12\x12\n\nmax_tokens\x18\n \x01(\rB\x15\n\x13_add_special_tokensB\x12\n\x10_truncate_tokens\":\n\x0e\x45ncodeResponse\x12(\n\tencodings\x18\x01 \x03(\x0b\x32\x15.penstock.v1.Encoding\"P\n\x08\x45ncoding\x12\x0b\n\x03ids\x18\x01 \x03(\r\x12\x16\n\x0etoken_type_ids\x18\x02 \x03(\r\x12\x0f\n\x07offsets\x18\x03 \x03(\r\x12\x0e\n\x06tokens\x18\x04 \x03(\t\"\xcb\x01\n\rDecodeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12#\n\x04rows\x18\x02 \x03(\x0b\x32\x15.penstock.v1.TokenIds\x12 \n\x13skip_special_tokens\x18\x03 \x01(\x08H\x00\x88\x01\x01\x12*\n\x1dspaces_between_special_tokens\x18\x04 \x01(\x08H\x01\x88\x01\x01\x42\x16\n\x14_skip_special_tokensB \n\x1e_spaces_between_special_tokens\"\x1f\n\x0e\x44\x65\x63odeResponse\x12\r\n\x05texts\x18\x01 \x03(\t\"?\n\x13GetTokenizerRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x19\n\x11known_fingerprint\x18\x02 \x01(\t\"H\n\x0eTokenizerChunk\x12\x13\n\x0b\x66ingerprint\x18\x01 \x01(\t\x12\x13\n\x0btotal_bytes\x18\x02 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"(\n\x17GetTokenizerInfoRequest\x12\r\n\x05model\x18\x01 \x01(\t\"\xf6\x03\n\rTokenizerInfo\x12\x13\n\x0b\x61pi_version\x18\x01 \x01(\t\x12\x17\n\x0fservice_version\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x04 \x01(\t\x12\x12\n\nvocab_size\x18\x05 \x01(\r\x12J\n\x11special_token_ids\x18\x06 \x03(\x0b\x32/.penstock.v1.TokenizerInfo.SpecialTokenIdsEntry\x12\x19\n\x11has_chat_template\x18\x07 \x01(\x08\x12\x1c\n\x14\x63hat_template_source\x18\x08 \x01(\t\x12\x32\n\x0e\x63ontent_format\x18\t \x01(\x0e\x32\x1a.penstock.v1.ContentFormat\x12\x16\n\x0esupports_tools\x18\n \x01(\x08\x12\x13\n\x0btool_parser\x18\x0b \x01(\t\x12\x18\n\x10reasoning_parser\x18\x0c \x01(\t\x12\x17\n\x0fnamed_templates\x18\r \x03(\t\x12\x17\n\x0f\x61ll_special_ids\x18\x0e \x03(\r\x12\x15\n\radd_bos_token\x18\x0f \x01(\x08\x1a\x36\n\x14SpecialTokenIdsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\r:\x02\x38\x01*^\n\rContentFormat\x12\x17\n\x13\x43ONTENT_FORMAT_AUTO\x10\x00\x12\x19\n\x15\x43ONTENT_FORMAT_STRING\x10\x01\x12\x19\n\x15\x43ONTENT_FORMAT_OPENAI\x10\x02*E\n\x0eTruncationSide\x12\x18\n\x14TRUNCATION_SIDE_LEFT\x10\x00\x12\x19\n\x15TRUNCATION_SIDE_RIGHT\x10\x01\x32\xf2\x02\n\tTokenizer\x12\x41\n\x06Render\x12\x1a.penstock.v1.RenderRequest\x1a\x1b.penstock.v1.RenderResponse\x12\x41\n\x06\x45ncode\x12\x1a.penstock.v1.EncodeRequest\x1a\x1b.penstock.v1.EncodeResponse\x12\x41\n\x06\x44\x65\x63ode\x12\x1a.penstock.v1.DecodeRequest\x1a\x1b.penstock.v1.DecodeResponse\x12O\n\x0cGetTokenizer\x12 .penstock.v1.GetTokenizerRequest\x1a\x1b.penstock.v1.TokenizerChunk0\x01\x12K\n\x07GetInfo\x12$.penstock.v1.GetTokenizerInfoRequest\x1a\x1a.penstock.v1.TokenizerInfob\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fpenstock/protos/tokenizer.proto\x12\x0bpenstock.v1\x1a\x1cpenstock/protos/common.proto\"\x8c\x04\n\rRenderRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x15\n\rmessages_json\x18\x03 \x01(\x0c\x12\x12\n\ntools_json\x18\x04 \x01(\x0c\x12\x16\n\x0e\x64ocuments_json\x18\x05 \x01(\x0c\x12\x1c\n\x14template_kwargs_json\x18\x06 \x01(\x0c\x12\x1a\n\rchat_template\x18\x07 \x01(\tH\x00\x88\x01\x01\x12\"\n\x15\x61\x64\x64_generation_prompt\x18\x08 \x01(\x08H\x01\x88\x01\x01\x12\x1e\n\x16\x63ontinue_final_message\x18\t \x01(\x08\x12\x1a\n\x12\x61\x64\x64_special_tokens\x18\n \x01(\x08\x12\x1d\n\x10reasoning_effort\x18\x0b \x01(\tH\x02\x88\x01\x01\x12#\n\x16truncate_prompt_tokens\x18\x0c \x01(\rH\x03\x88\x01\x01\x12\x13\n\x0breturn_text\x18\r \x01(\x08\x12\x32\n\x0e\x63ontent_format\x18\x0e \x01(\x0e\x32\x1a.penstock.v1.ContentFormat\x12\x12\n\nmax_tokens\x18\x0f \x01(\rB\x10\n\x0e_chat_templateB\x18\n\x16_add_generation_promptB\x13\n\x11_reasoning_effortB\x19\n\x17_truncate_prompt_tokens\"\xec\x01\n\x0eRenderResponse\x12\x0b\n\x03ids\x18\x01 \x03(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x16\n\x0estop_token_ids\x18\x03 \x03(\r\x12\x19\n\x11\x65nds_in_reasoning\x18\x04 \x01(\x08\x12\x13\n\x0btool_parser\x18\x05 \x01(\t\x12\x18\n\x10reasoning_parser\x18\x06 \x01(\t\x12\x32\n\x0e\x63ontent_format\x18\x07 \x01(\x0e\x32\x1a.penstock.v1.ContentFormat\x12)\n\x05media\x18\x08 \x03(\x0b\x32\x1a.penstock.v1.RenderedMedia\"K\n\rRenderedMedia\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\r\x12\x0e\n\x06length\x18\x03 \x01(\r\x12\x0c\n\x04hash\x18\x04 \x01(\x0c\"\xd3\x02\n\rEncodeRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\r\n\x05texts\x18\x03 \x03(\t\x12\r\n\x05pairs\x18\x04 \x03(\t\x12\x1f\n\x12\x61\x64\x64_special_tokens\x18\x05 \x01(\x08H\x00\x88\x01\x01\x12\x1c\n\x0ftruncate_tokens\x18\x06 \x01(\rH\x01\x88\x01\x01\x12\x34\n\x0ftruncation_side\x18\x07 \x01(\x0e\x32\x1b.penstock.v1.TruncationSide\x12\x16\n\x0ereturn_offsets\x18\x08 \x01(\x08\x12\x15\n\rreturn_tokens\x18\t \x01(\x08\x12\x12\n\nmax_tokens\x18\n \x01(\r\x12\x13\n\x06suffix\x18\x0b \x01(\tH\x02\x88\x01\x01\x42\x15\n\x13_add_special_tokensB\x12\n\x10_truncate_tokensB\t\n\x07_suffix\"R\n\x0e\x45ncodeResponse\x12(\n\tencodings\x18\x01 \x03(\x0b\x32\x15.penstock.v1.Encoding\x12\x16\n\x0estop_token_ids\x18\x02 \x03(\r\"P\n\x08\x45ncoding\x12\x0b\n\x03ids\x18\x01 \x03(\r\x12\x16\n\x0etoken_type_ids\x18\x02 \x03(\r\x12\x0f\n\x07offsets\x18\x03 \x03(\r\x12\x0e\n\x06tokens\x18\x04 \x03(\t\"\xcb\x01\n\rDecodeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12#\n\x04rows\x18\x02 \x03(\x0b\x32\x15.penstock.v1.TokenIds\x12 \n\x13skip_special_tokens\x18\x03 \x01(\x08H\x00\x88\x01\x01\x12*\n\x1dspaces_between_special_tokens\x18\x04 \x01(\x08H\x01\x88\x01\x01\x42\x16\n\x14_skip_special_tokensB \n\x1e_spaces_between_special_tokens\"\x1f\n\x0e\x44\x65\x63odeResponse\x12\r\n\x05texts\x18\x01 \x03(\t\"?\n\x13GetTokenizerRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x19\n\x11known_fingerprint\x18\x02 \x01(\t\"H\n\x0eTokenizerChunk\x12\x13\n\x0b\x66ingerprint\x18\x01 \x01(\t\x12\x13\n\x0btotal_bytes\x18\x02 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"(\n\x17GetTokenizerInfoRequest\x12\r\n\x05model\x18\x01 \x01(\t\"\xf6\x03\n\rTokenizerInfo\x12\x13\n\x0b\x61pi_version\x18\x01 \x01(\t\x12\x17\n\x0fservice_version\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x04 \x01(\t\x12\x12\n\nvocab_size\x18\x05 \x01(\r\x12J\n\x11special_token_ids\x18\x06 \x03(\x0b\x32/.penstock.v1.TokenizerInfo.SpecialTokenIdsEntry\x12\x19\n\x11has_chat_template\x18\x07 \x01(\x08\x12\x1c\n\x14\x63hat_template_source\x18\x08 \x01(\t\x12\x32\n\x0e\x63ontent_format\x18\t \x01(\x0e\x32\x1a.penstock.v1.ContentFormat\x12\x16\n\x0esupports_tools\x18\n \x01(\x08\x12\x13\n\x0btool_parser\x18\x0b \x01(\t\x12\x18\n\x10reasoning_parser\x18\x0c \x01(\t\x12\x17\n\x0fnamed_templates\x18\r \x03(\t\x12\x17\n\x0f\x61ll_special_ids\x18\x0e \x03(\r\x12\x15\n\radd_bos_token\x18\x0f \x01(\x08\x1a\x36\n\x14SpecialTokenIdsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\r:\x02\x38\x01*^\n\rContentFormat\x12\x17\n\x13\x43ONTENT_FORMAT_AUTO\x10\x00\x12\x19\n\x15\x43ONTENT_FORMAT_STRING\x10\x01\x12\x19\n\x15\x43ONTENT_FORMAT_OPENAI\x10\x02*E\n\x0eTruncationSide\x12\x18\n\x14TRUNCATION_SIDE_LEFT\x10\x00\x12\x19\n\x15TRUNCATION_SIDE_RIGHT\x10\x01\x32\xf2\x02\n\tTokenizer\x12\x41\n\x06Render\x12\x1a.penstock.v1.RenderRequest\x1a\x1b.penstock.v1.RenderResponse\x12\x41\n\x06\x45ncode\x12\x1a.penstock.v1.EncodeRequest\x1a\x1b.penstock.v1.EncodeResponse\x12\x41\n\x06\x44\x65\x63ode\x12\x1a.penstock.v1.DecodeRequest\x1a\x1b.penstock.v1.DecodeResponse\x12O\n\x0cGetTokenizer\x12 .penstock.v1.GetTokenizerRequest\x1a\x1b.penstock.v1.TokenizerChunk0\x01\x12K\n\x07GetInfo\x12$.penstock.v1.GetTokenizerInfoRequest\x1a\x1a.penstock.v1.TokenizerInfob\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,10 +34,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_TOKENIZERINFO_SPECIALTOKENIDSENTRY']._loaded_options = None
   _globals['_TOKENIZERINFO_SPECIALTOKENIDSENTRY']._serialized_options = b'8\001'
-  _globals['_CONTENTFORMAT']._serialized_start=2298
-  _globals['_CONTENTFORMAT']._serialized_end=2392
-  _globals['_TRUNCATIONSIDE']._serialized_start=2394
-  _globals['_TRUNCATIONSIDE']._serialized_end=2463
+  _globals['_CONTENTFORMAT']._serialized_start=2354
+  _globals['_CONTENTFORMAT']._serialized_end=2448
+  _globals['_TRUNCATIONSIDE']._serialized_start=2450
+  _globals['_TRUNCATIONSIDE']._serialized_end=2519
   _globals['_RENDERREQUEST']._serialized_start=79
   _globals['_RENDERREQUEST']._serialized_end=603
   _globals['_RENDERRESPONSE']._serialized_start=606
@@ -45,25 +45,25 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_RENDEREDMEDIA']._serialized_start=844
   _globals['_RENDEREDMEDIA']._serialized_end=919
   _globals['_ENCODEREQUEST']._serialized_start=922
-  _globals['_ENCODEREQUEST']._serialized_end=1229
-  _globals['_ENCODERESPONSE']._serialized_start=1231
-  _globals['_ENCODERESPONSE']._serialized_end=1289
-  _globals['_ENCODING']._serialized_start=1291
-  _globals['_ENCODING']._serialized_end=1371
-  _globals['_DECODEREQUEST']._serialized_start=1374
-  _globals['_DECODEREQUEST']._serialized_end=1577
-  _globals['_DECODERESPONSE']._serialized_start=1579
-  _globals['_DECODERESPONSE']._serialized_end=1610
-  _globals['_GETTOKENIZERREQUEST']._serialized_start=1612
-  _globals['_GETTOKENIZERREQUEST']._serialized_end=1675
-  _globals['_TOKENIZERCHUNK']._serialized_start=1677
-  _globals['_TOKENIZERCHUNK']._serialized_end=1749
-  _globals['_GETTOKENIZERINFOREQUEST']._serialized_start=1751
-  _globals['_GETTOKENIZERINFOREQUEST']._serialized_end=1791
-  _globals['_TOKENIZERINFO']._serialized_start=1794
-  _globals['_TOKENIZERINFO']._serialized_end=2296
-  _globals['_TOKENIZERINFO_SPECIALTOKENIDSENTRY']._serialized_start=2242
-  _globals['_TOKENIZERINFO_SPECIALTOKENIDSENTRY']._serialized_end=2296
-  _globals['_TOKENIZER']._serialized_start=2466
-  _globals['_TOKENIZER']._serialized_end=2836
+  _globals['_ENCODEREQUEST']._serialized_end=1261
+  _globals['_ENCODERESPONSE']._serialized_start=1263
+  _globals['_ENCODERESPONSE']._serialized_end=1345
+  _globals['_ENCODING']._serialized_start=1347
+  _globals['_ENCODING']._serialized_end=1427
+  _globals['_DECODEREQUEST']._serialized_start=1430
+  _globals['_DECODEREQUEST']._serialized_end=1633
+  _globals['_DECODERESPONSE']._serialized_start=1635
+  _globals['_DECODERESPONSE']._serialized_end=1666
+  _globals['_GETTOKENIZERREQUEST']._serialized_start=1668
+  _globals['_GETTOKENIZERREQUEST']._serialized_end=1731
+  _globals['_TOKENIZERCHUNK']._serialized_start=1733
+  _globals['_TOKENIZERCHUNK']._serialized_end=1805
+  _globals['_GETTOKENIZERINFOREQUEST']._serialized_start=1807
+  _globals['_GETTOKENIZERINFOREQUEST']._serialized_end=1847
+  _globals['_TOKENIZERINFO']._serialized_start=1850
+  _globals['_TOKENIZERINFO']._serialized_end=2352
+  _globals['_TOKENIZERINFO_SPECIALTOKENIDSENTRY']._serialized_start=2298
+  _globals['_TOKENIZERINFO_SPECIALTOKENIDSENTRY']._serialized_end=2352
+  _globals['_TOKENIZER']._serialized_start=2522
+  _globals['_TOKENIZER']._serialized_end=2892
 # @@protoc_insertion_point(module_scope)

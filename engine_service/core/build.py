@@ -43,6 +43,8 @@ _CAPABILITIES = [
     "logit_bias",
     "bad_words",
     "priority",
+    "beam_search",
+    "best_of",
 ]
 _LOADED = "loaded"  # where the ranks of a group wait for each other
 

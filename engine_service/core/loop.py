@@ -115,6 +115,11 @@ class EngineLoop:
             case messages.AbortRequests():
                 for request_id in message.ids:
                     self._abort(request_id, message.report, report)
+            case messages.EndChoice():
+                request = self.scheduler.get(message.id)
+                if request is not None:
+                    now_us = clock.monotonic_us()
+                    self._postprocessor.end_choice(request, message.choice, report, now_us)
             case messages.Ping():
                 self._outbox.send(messages.Pong(message.serial, self.load()))
             case messages.FlushCache():

@@ -96,6 +96,18 @@ class Constraint:
     starts_after: list[int] = field(default_factory=list)
 
 
+@dataclass(slots=True, frozen=True)
+class Beam:
+    """Beam search. It is over when `width` answers are found and no beam could still become better than the
+    worst of them, judged by its present length; `exhaustive`: by any length it may reach; early_stopping: at
+    once."""
+
+    width: int
+    length_penalty: float = 1.0  # exponent on the length
+    early_stopping: bool = False
+    exhaustive: bool = False
+
+
 @dataclass(slots=True)
 class AddRequest:
     """A new request. `id` is the server's own, unique for the life of the core."""
@@ -117,6 +129,9 @@ class AddRequest:
     queue_deadline_us: int = 0  # monotonic; 0: none. Unscheduled by then: queue_timeout
     deadline_us: int = 0  # monotonic; 0: none. Unfinished by then: timeout
     constraint: Constraint | None = None
+    # With more than n the n of the highest mean log-probability are told, when all have ended. 0: n.
+    best_of: int = 0
+    beam: Beam | None = None  # told when the search is over: the n best, best first
 
 
 @dataclass(slots=True)
@@ -137,6 +152,15 @@ class AbortRequests:
 
 
 @dataclass(slots=True)
+class EndChoice:
+    """Ends one choice of a request, which gets a Finish with ABORTED; the others go on. Means nothing where
+    candidates are ranked: beam search, best_of."""
+
+    id: int
+    choice: int
+
+
+@dataclass(slots=True)
 class Ping:
     """Answered by the loop with a Pong: proves that input thread and loop both make progress."""
 
@@ -153,7 +177,7 @@ class Shutdown:
     """The core aborts what runs and exits with 0."""
 
 
-ToCore = Configure | AddRequest | AbortRequests | Ping | FlushCache | Shutdown
+ToCore = Configure | AddRequest | AbortRequests | EndChoice | Ping | FlushCache | Shutdown
 
 
 @dataclass(slots=True, frozen=True)
@@ -202,6 +226,7 @@ class Finish:
     stop_token_id: int | None = None
     stopped_by_eos: bool = False
     cumulative_logprob: float | None = None
+    score: float | None = None  # what candidates were ranked by
 
 
 @dataclass(slots=True)

@@ -37,6 +37,9 @@ class StepPlan:
     drafts: dict[int, Int32s] = field(default_factory=dict)
     epochs: Int64s = field(default_factory=lambda: np.empty(0, np.int64))  # table.epochs[slots] when planned
     serial: int = 0  # 1, 2, ... in the order of planning
+    # Before anything else block copies[i, 0] is copied to copies[i, 1], for the sequence copied[i].
+    copies: Int64s = field(default_factory=lambda: np.empty((0, 2), np.int64))
+    copied: list[Sequence] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.sequences)

@@ -26,7 +26,7 @@ PromptLogprobs = Sequence[TokenLogprob | None] | None
 class Frames(Protocol):
     """The wire form of one endpoint's chunks; each method returns whole frames, or b""."""
 
-    def opening(self, prompt: int) -> bytes:
+    def opening(self, prompt: int, prompt_logprobs: PromptLogprobs) -> bytes:
         """Before the first delta of a prompt's choices."""
 
     def delta(self, choice: int, delta: Delta, total: Usage | None) -> bytes:
@@ -148,13 +148,13 @@ class StreamAnswer(_Answer):
 
     def started(self, prompt: int, usage: Usage, prompt_logprobs: PromptLogprobs) -> None:
         self.accounting.started(prompt, usage)
-        self._open(prompt)
+        self._open(prompt, prompt_logprobs)
 
     def delta(self, prompt: int, delta: Delta) -> None:
         if self.finished:
             return
         if not self._opened[prompt]:
-            self._open(prompt)
+            self._open(prompt, None)
         choice = prompt * self._n + delta.choice
         self.accounting.tokens(prompt, choice, delta.usage)
         total = self.accounting.total() if self._usage_on_every_chunk else None
@@ -171,9 +171,9 @@ class StreamAnswer(_Answer):
             log.exception("a stream could not be ended")
             self._stream.abort()
 
-    def _open(self, prompt: int) -> None:
+    def _open(self, prompt: int, prompt_logprobs: PromptLogprobs) -> None:
         self._opened[prompt] = True
-        data = self._frames.opening(prompt)
+        data = self._frames.opening(prompt, prompt_logprobs)
         if data:
             self._stream.write(data)
 

@@ -9,9 +9,12 @@ from typing import Any
 from penstock.frontend.api.answer import WholeAnswer
 from penstock.frontend.api.chat_frames import ChatFrames, whole_chat
 from penstock.frontend.api.chat_request import ChatRequest
-from penstock.frontend.api.generate import Plan, answer, make_plan, read_request, timeout_of
+from penstock.frontend.api.echo import chat_echo
+from penstock.frontend.api.generate import answer, read_request
 from penstock.frontend.api.identity import Identity
 from penstock.frontend.api.message_frames import MessageFrames, whole_message
+from penstock.frontend.api.plan import Plan, make_plan, timeout_of
+from penstock.frontend.api.ranking import refuse_constraint
 from penstock.frontend.api.reading import Reading, ReadingPlan
 from penstock.frontend.api.tool_use import ToolUse
 from penstock.frontend.context import Context
@@ -51,12 +54,15 @@ async def _plan(
         alternatives=request.alternatives,
         prompt_param="messages",
         stop_token_ids=list(rendered.stop_token_ids),
+        echoes=chat_echo(request),
     )
     read = ReadingPlan(context.parsers, request, use, rendered, tokenizer.vocabulary)
     plan.asked = read.constrained(plan.asked)
-    reading = read.reading(plan.n)
+    refuse_constraint(request, plan.asked)
+    reading = read.reading(plan.engine_requests[0].n)
     if reading is not None:
-        plan.options = replace(plan.options, sinks=reading.messages, shown_special=reading.shown)
+        plan.options = replace(plan.options, sinks=tuple(reading.messages), shown_special=reading.shown)
+        plan.on_chosen = reading.choose
     return plan, reading
 
 

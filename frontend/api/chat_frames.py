@@ -33,7 +33,7 @@ class ChatFrames:
         ]
         self._suffix = b'},"logprobs":null,"finish_reason":null}]' + usage + b"}\n\n"
 
-    def opening(self, prompt: int) -> bytes:
+    def opening(self, prompt: int, prompt_logprobs: PromptLogprobs) -> bytes:
         shown: dict[str, Any] = {}
         if self._identity.prompt_ids is not None:
             shown["prompt_token_ids"] = self._identity.prompt_ids[prompt]
@@ -41,7 +41,8 @@ class ChatFrames:
             shown["effective_params"] = self._identity.effective
         frames = []
         for index in range(self._identity.n):
-            choice = {"index": index, "delta": {"role": "assistant", "content": ""}}
+            content = self._identity.echoes[prompt].text if self._identity.echoes else ""
+            choice = {"index": index, "delta": {"role": "assistant", "content": content}}
             choice |= {"logprobs": None, "finish_reason": None}
             frames.append(self._chunk(choice, None, shown if index == 0 else {}))
         return b"".join(frames)
@@ -115,9 +116,10 @@ def whole_chat(
 
 
 def _whole_choice(identity: Identity, index: int, choice: Collected) -> dict[str, Any]:
+    echo = identity.echoes[0].text if identity.echoes else ""
     body = {
         "index": index,
-        "message": {"role": "assistant", "content": choice.text, "refusal": None},
+        "message": {"role": "assistant", "content": echo + choice.text, "refusal": None},
         "logprobs": choice_logprobs(identity, choice.logprobs),
         "finish_reason": choice.finish_reason,
         "stop_reason": choice.stop_reason,
@@ -128,4 +130,8 @@ def _whole_choice(identity: Identity, index: int, choice: Collected) -> dict[str
 
 
 def choice_logprobs(identity: Identity, entries: Any) -> dict[str, Any] | None:
-    return {"content": chat_content(entries), "refusal": None} if identity.with_logprobs else None
+    return (
+        {"content": chat_content(entries, identity.tokens_as_ids), "refusal": None}
+        if identity.with_logprobs
+        else None
+    )

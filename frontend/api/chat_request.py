@@ -103,7 +103,6 @@ class ChatRequest(GenerationRequest):
 
     unserved: ClassVar[dict[str, Callable[[Any], bool]]] = {
         **UNSERVED,
-        "best_of": lambda value: True,
         "audio": empty,
         "modalities": one_of(["text"], []),
         "web_search_options": lambda value: value is None,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator
 
@@ -20,6 +20,7 @@ from penstock.frontend.api.constraint_request import (
     StructuredOutputs,
     Whitespace,
 )
+from penstock.frontend.api.ranking import check_ranking
 from penstock.frontend.errors import printable, unsupported
 from penstock.protos.errors import ApiError
 
@@ -92,6 +93,15 @@ class GenerationRequest(StrictModel):
     )
     request_id: str | None = Field(None, min_length=1, max_length=128, pattern=r"^[!-~]+$")
     return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = Field(None, description="token_id:N in log-probabilities")
+    logprob_token_ids: list[TokenId] | None = Field(
+        None, max_length=128, description="log-probabilities of these ids instead of the best ones"
+    )
+    echo: bool | None = Field(None, description="the prompt in front of the answer")
+    best_of: int | None = Field(None, ge=1, le=MAX_CHOICES, description="at least n, the default")
+    use_beam_search: bool | None = None
+    length_penalty: float | None = Field(None, ge=-5, le=5, allow_inf_nan=False)
+    early_stopping: bool | Literal["never"] | None = None
     return_effective_params: bool | None = Field(None, description="echo the sampling values used")
     # The form of the answer: at most one of them.
     response_format: ResponseFormat | None = None
@@ -140,6 +150,11 @@ class GenerationRequest(StrictModel):
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
     @property
+    def alternatives(self) -> int | None:
+        """Alternatives per token, None without log-probabilities."""
+        return None
+
+    @property
     def output_limit(self) -> int | None:
         return self.max_tokens
 
@@ -166,6 +181,7 @@ class GenerationRequest(StrictModel):
         limit = self.output_limit
         if limit is not None and (self.min_tokens or 0) > limit:
             raise ApiError("invalid_value", "'min_tokens' must not be above the output limit.", "min_tokens")
+        check_ranking(self)
 
 
 def absent(value: Any) -> bool:
@@ -186,15 +202,9 @@ def one_of(*values: Any) -> Callable[[Any], bool]:
 
 UNSERVED: dict[str, Callable[[Any], bool]] = {
     "suffix": empty,
-    "echo": off,
-    "use_beam_search": off,
-    "length_penalty": one_of(1, 1.0),
-    "early_stopping": off,
-    "logprob_token_ids": empty,
     "logits_processors": empty,
     "prompt_embeds": absent,
     "thinking_token_budget": absent,
-    "return_tokens_as_token_ids": off,
 }
 
 
@@ -203,9 +213,6 @@ def refuse_unserved(raw: dict[str, Any], unserved: dict[str, Callable[[Any], boo
     for name in raw:
         if name in unserved and not unserved[name](raw[name]):
             raise unsupported(name)
-    best_of = raw.get("best_of")
-    if best_of is not None and (isinstance(best_of, bool) or best_of != (raw.get("n") or 1)):
-        raise unsupported("best_of", "must equal 'n' on this server")
 
 
 def ignored_header(names: Iterable[str]) -> bytes:

@@ -115,16 +115,17 @@ def whole_message(
     messages = [message.finish() for message in reading.messages]
     total.reasoning_tokens = reading.num_reasoning_tokens
     body = whole_chat(identity, choices, total, prompt_logprobs)
+    echo = identity.echoes[0].text if identity.echoes else ""
     for index, choice in enumerate(body["choices"]):
-        choice["message"] |= _parts(messages[index], reading.legacy)
+        choice["message"] |= _parts(messages[index], reading.legacy, echo)
         choice["finish_reason"] = reading.finish_reason(index, choice["finish_reason"])
         if reading.messages[index].invalid:
             choice["tool_call_invalid"] = True
     return body
 
 
-def _parts(events: Sequence[Event], legacy: bool) -> dict[str, Any]:
-    content = "".join(event.text for event in events if isinstance(event, Content))
+def _parts(events: Sequence[Event], legacy: bool, echo: str) -> dict[str, Any]:
+    content = echo + "".join(event.text for event in events if isinstance(event, Content))
     reasoning = "".join(event.text for event in events if isinstance(event, Reasoning))
     calls = [event for event in events if isinstance(event, CallStart)]
     parts: dict[str, Any] = {"content": content or (None if reasoning or calls else "")}

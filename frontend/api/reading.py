@@ -7,7 +7,7 @@ Knows the request and what the template told of its model; knows no wire format.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -29,9 +29,10 @@ log = logging.getLogger("penstock.frontend.reading")
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """messages: one per choice. shown: marks that the parsers need to see."""
+    """messages: one per sequence of the engine; with best_of the answer's choices come first once they are
+    chosen. shown: marks that the parsers need to see."""
 
-    messages: tuple[MessageParser, ...]
+    messages: list[MessageParser]
     shown: tuple[str, ...]
     named: bool
     legacy: bool
@@ -39,6 +40,11 @@ class Reading:
     @property
     def num_reasoning_tokens(self) -> int:
         return sum(message.num_reasoning_tokens for message in self.messages)
+
+    def choose(self, best: Sequence[int]) -> None:
+        """best: the sequences that become the choices, in order."""
+        rest = [index for index in range(len(self.messages)) if index not in best]
+        self.messages[:] = [self.messages[index] for index in (*best, *rest)]
 
     def finish_reason(self, choice: int, reason: str) -> str:
         """As clients know it: calls that the model chose to make have a reason of their own."""
@@ -100,12 +106,12 @@ class ReadingPlan:
         return made
 
     def reading(self, n: int) -> Reading | None:
-        """None: the answer's text is its content."""
+        """n: sequences of the engine. None: the answer's text is its content."""
         use = self._use
         if self._tool_parser is None and self._reasoning is None:
             return None
         tools = use.tools() if use is not None else None
-        messages = tuple(
+        messages = [
             MessageParser(
                 self._new_reasoning(),
                 None if self._tool_parser is None or tools is None else self._tool_parser(tools),
@@ -113,7 +119,7 @@ class ReadingPlan:
                 one_call=use is not None and use.one_call,
             )
             for _ in range(n)
-        )
+        ]
         shown = self._tool_parser.marks if self._tool_parser is not None else ()
         if self._reasoning is not None:
             shown += (self._reasoning.opening, self._reasoning.closing)

@@ -137,10 +137,10 @@ class Harness:
         scheduler = self.loop.scheduler
         assert not scheduler.live()
         assert not len(scheduler._running)
-        assert not scheduler._retired
-        assert sorted(scheduler._free_slots) == list(range(scheduler.table.num_slots))
+        assert not scheduler._seats.has_retired
+        assert sorted(scheduler._seats._free) == list(range(scheduler.table.num_slots))
         assert not any(scheduler.table.owners)
-        assert not scheduler._running_of
+        assert not scheduler._seats.num_requests
         assert not scheduler._suspects
         assert not scheduler._kv._chains
         assert not len(self.loop._postprocessor._prompt_rows)

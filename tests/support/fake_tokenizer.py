@@ -73,6 +73,7 @@ class FakeTokenizer(tokenizer_pb2_grpc.TokenizerServicer):
         self.fingerprint = hashlib.sha256(self.data).hexdigest()
         self.model = model
         self.has_chat_template = True
+        self.fills_in = False
         self.error: ApiError | None = None
         self.answering = asyncio.Event()
         self.answering.set()
@@ -131,6 +132,14 @@ class FakeTokenizer(tokenizer_pb2_grpc.TokenizerServicer):
     ) -> tokenizer_pb2.EncodeResponse:
         await self._begin("Encode")
         response = tokenizer_pb2.EncodeResponse()
+        if request.HasField("suffix"):
+            if not self.fills_in:
+                raise ApiError("unsupported_parameter", "No suffix here.", "suffix")
+            for text in request.texts:
+                ids = self.tokenizer.encode(f"<{text}|{request.suffix}>").ids
+                response.encodings.append(tokenizer_pb2.Encoding(ids=ids))
+            response.stop_token_ids.append(5)
+            return response
         for text in request.texts:
             found = self.tokenizer.encode(text)
             ids = found.ids
