@@ -56,8 +56,9 @@ format: install
 protos: install
 	PYTHON=$(BIN)/python protos/generate.sh
 
+# A few minutes; ARGS="--full" takes half an hour, ARGS="--peer vllm" puts another server beside ours.
 bench: install
-	$(BIN)/penstock bench serve --spawn $(MODEL) $(ARGS)
+	$(BIN)/penstock bench suite $(ARGS)
 
 # Needs what test-gpu needs. ARGS="--parts llama-3-8b" runs one part, each under nine minutes; --out names the folder.
 bench-gpu: .dev/penstock

@@ -10,7 +10,6 @@ printed with the table.
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import os
 import platform
@@ -37,13 +36,13 @@ def measure_round(url: str, baseline: Baseline, streams: int, options: argparse.
     config = BenchConfig(
         url=url,
         num_prompts=streams * options.requests_per_stream,
-        concurrency=streams,
+        concurrency=(streams,),
         input_len=options.input_len,
         output_len=options.output_len,
         warmup=streams,
         seed=seed,
     )
-    ours = asyncio.run(bench.measure(config))
+    [ours] = bench.measure(config)
     if ours.failures:
         raise SystemExit(f"requests failed: {ours.errors}")
     theirs = baseline.measure(

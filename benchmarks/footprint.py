@@ -20,8 +20,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from penstock.local import bench_client
-from penstock.local.bench_client import Endpoint, Sample
+from penstock.local.bench_client import Client, Endpoint, Sample
+from penstock.local.bench_machine import descendants
+from penstock.local.bench_peers import first_token
 from penstock.local.spawn import Spawned, spawned
 
 _MIB = 1 << 20
@@ -38,15 +39,6 @@ class Usage:
     anonymous: int
     cpu_ns: int
     threads: int
-
-
-def tree(root: int) -> list[int]:
-    """The process and all that descend from it, parents first."""
-    found = [root]
-    for pid in found:
-        for task in _listing(f"/proc/{pid}/task"):
-            found += [int(child) for child in _read(f"/proc/{pid}/task/{task}/children").split()]
-    return found
 
 
 def usage(pid: int) -> Usage:
@@ -82,16 +74,9 @@ def weights_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
-async def first_token_s(server: Spawned) -> float:
-    sample = await bench_client.complete(Endpoint(server.url, ""), server.models[0], [5, 6, 7, 8], 2)
-    if sample.error:
-        raise SystemExit(f"the first request failed: {sample.error}")
-    return sample.arrivals[0]
-
-
 async def load(server: Spawned, streams: int, seconds: float) -> float:
     """Output tokens per second of streams that start again as soon as they end."""
-    endpoint, model = Endpoint(server.url, ""), server.models[0]
+    client, model = Client(Endpoint(server.url, "")), server.models[0]
     samples: list[Sample] = []
     began = time.monotonic()
 
@@ -100,9 +85,10 @@ async def load(server: Spawned, streams: int, seconds: float) -> float:
         while time.monotonic() - began < seconds:
             turn += 1
             prompt = [10 + (first * 31 + turn * 7 + place) % 900 for place in range(64)]
-            samples.append(await bench_client.complete(endpoint, model, prompt, 64))
+            samples.append(await client.complete(client.endpoint.request(model, prompt, 64)))
 
     await asyncio.gather(*(stream(index) for index in range(streams)))
+    client.close()
     if any(sample.error for sample in samples):
         raise SystemExit(f"a request failed: {next(s.error for s in samples if s.error)}")
     return sum(sample.completion_tokens for sample in samples) / (time.monotonic() - began)
@@ -128,7 +114,7 @@ def _spin(core: int) -> None:
 
 def print_memory(server: Spawned, folder: Path) -> None:
     print("\n| process | RSS MiB | PSS MiB | anonymous MiB | threads |\n|---|---|---|---|---|")
-    all_ = [usage(pid) for pid in tree(server.process.pid)]
+    all_ = [usage(pid) for pid in descendants([server.process.pid])]
     for one in all_:
         print(
             f"| {one.name} | {one.rss / _MIB:.0f} | {one.pss / _MIB:.0f} | {one.anonymous / _MIB:.0f} "
@@ -143,7 +129,7 @@ def print_memory(server: Spawned, folder: Path) -> None:
 
 def print_idle(server: Spawned, seconds: float) -> None:
     time.sleep(2.0)  # what the requests before have set off comes to rest
-    before = {pid: usage(pid) for pid in tree(server.process.pid)}
+    before = {pid: usage(pid) for pid in descendants([server.process.pid])}
     began = time.monotonic()
     time.sleep(seconds)
     passed = time.monotonic() - began
@@ -158,7 +144,7 @@ def print_idle(server: Spawned, seconds: float) -> None:
 
 def print_start(server: Spawned, began: float) -> None:
     ready = time.monotonic() - began
-    first = asyncio.run(first_token_s(server)) - began
+    first = asyncio.run(first_token(server.url)) - began
     print(f"ready after {ready:.2f} s, first streamed token after {first:.2f} s")
 
 

@@ -20,6 +20,7 @@ from penstock.engine_service.config import EngineConfig
 from penstock.engine_service.core_keeper import EngineLost, ModelUnusable, State
 from penstock.engine_service.core_process import COMMAND, CoreProcess
 from penstock.protos import log as logs
+from penstock.protos import loop
 
 if TYPE_CHECKING:
     from penstock.engine_service.service import EngineService
@@ -36,7 +37,7 @@ def run(config: EngineConfig) -> int:
     """Serves until SIGTERM, SIGINT, or the end of the engine; the exit code."""
     logs.setup("engine", config.log_level, config.log_format)
     try:
-        return asyncio.run(_compute(config) if config.node_rank else _start(config))
+        return loop.run(_compute(config) if config.node_rank else _start(config))
     except OSError as error:
         log.error("%s", error)
         return EXIT_RUNTIME

@@ -33,6 +33,9 @@ class FrontendConfig(Config):
     listen: tuple[str, ...] = Field(
         (), description="listen addresses such as unix:/run/penstock.sock; replaces host and port"
     )
+    workers: int = Field(
+        1, ge=1, le=256, description="processes that share the addresses, each as fast as one core"
+    )
     engine: tuple[str, ...] = Field(
         (), description="an engine's gRPC target", json_schema_extra={"env": ["PENSTOCK_ENGINES"]}
     )
@@ -82,6 +85,12 @@ class FrontendConfig(Config):
     max_header_bytes: int = Field(32 * 1024, ge=1024, description="headers of one request")
     max_headers: int = Field(100, ge=8, description="number of headers of one request")
     max_body_bytes: int = Field(32 << 20, ge=1024, description="body of one request")
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """Where to listen: "unix:/path" or "host:port"."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return self.listen or (f"{host}:{self.port}",)
 
     @field_validator("root_path")
     @classmethod

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from penstock.frontend.metrics import FrontendMetrics
-from penstock.frontend.sse import SseStream, StreamLimits
+from penstock.frontend.sse import SseStream, StreamLimits, WriteBatch
 from penstock.frontend.text.parsers import ParserNames
 from penstock.protos.errors import ApiError
 
 if TYPE_CHECKING:
+    from penstock.frontend.peers import Peers
     from penstock.frontend.services import Services
 
 log = logging.getLogger("penstock.frontend")
@@ -47,10 +49,22 @@ class Context:
     answers: set[Answer] = field(default_factory=set)
     streams: set[SseStream] = field(default_factory=set)
     has_streams: asyncio.Event = field(default_factory=asyncio.Event)
+    writes: WriteBatch = field(default_factory=WriteBatch)
+    peers: Peers | None = None  # the other workers on the same addresses
 
     def refuse_while_draining(self) -> None:
         if self.draining:
             raise shutting_down()
+
+    def unready(self) -> ApiError | None:
+        """Why this process can serve no request now; None when it can."""
+        return shutting_down() if self.draining else self.services.unready()
+
+    def report(self) -> dict[str, Any]:
+        """What the other workers want to know of this one; JSON."""
+        reason = self.unready()
+        unready = None if reason is None else [reason.reason, reason.message]
+        return {"pid": os.getpid(), "unready": unready, "metrics": self.metrics.snapshot()}
 
     def cut_answers(self) -> None:
         """Ends every answer under way with shutting_down."""

@@ -14,7 +14,7 @@ import orjson
 from penstock.frontend.body import Receive, check_media_type, parse_object, read_body
 from penstock.frontend.http_protocol import EXTENSION, ClientConnection
 from penstock.frontend.request_id import clean_id, new_id
-from penstock.frontend.sse import Send, SseStream, StreamLimits
+from penstock.frontend.sse import Send, SseStream, StreamLimits, WriteBatch
 from penstock.protos.errors import ApiError
 
 JSON = b"application/json"
@@ -57,7 +57,8 @@ class Exchange:
     async def json_object(self, max_bytes: int, seconds: float) -> dict[str, Any]:
         """The body as a JSON object. Raises ApiError as `body` says."""
         check_media_type(self.headers)
-        body = await read_body(self.headers, self._receive, max_bytes, seconds)
+        is_here = self.connection is not None and self.connection.has_whole_body
+        body = await read_body(self.headers, self._receive, max_bytes, seconds, is_here=is_here)
         self._body_read = True
         return parse_object(body)
 
@@ -101,9 +102,9 @@ class Exchange:
             headers.append((b"connection", b"close"))
         await self.respond(error.http_status, orjson.dumps(error.body()), headers=headers)
 
-    def stream(self, limits: StreamLimits) -> SseStream:
+    def stream(self, limits: StreamLimits, writes: WriteBatch) -> SseStream:
         """A streaming answer; start it with `start_stream`."""
-        return SseStream(self._send, self.connection, limits)
+        return SseStream(self._send, self.connection, limits, writes)
 
     async def start_stream(self, stream: SseStream) -> None:
         self.status = 200
@@ -117,6 +118,8 @@ class Exchange:
     async def while_connected(self, work: Coroutine[Any, Any, T]) -> T:
         """The result of `work`, which is cancelled when the client leaves: then ApiError
         client_disconnected."""
+        if self.connection is not None:
+            return await self.connection.while_connected(work)
         task = asyncio.ensure_future(work)
         watch = asyncio.ensure_future(self.disconnected())
         try:

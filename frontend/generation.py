@@ -7,12 +7,12 @@ answers.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from penstock.frontend.handle import Handle
 from penstock.frontend.logprobs import LogprobRow, TokenLogprob, entry, prompt_entries
 from penstock.frontend.text.options import TextOptions
 from penstock.frontend.text.pipeline import TextPipeline
@@ -66,6 +66,10 @@ class Delta:
     usage: Usage
 
 
+# Choice and text of a plain delta.
+OnText = Callable[[int, str], None]
+
+
 class Listener(Protocol):
     """Receives one request's events, called by the dispatcher: nothing here may block or await.
 
@@ -80,42 +84,6 @@ class Listener(Protocol):
     def on_error(self, error: ApiError, usage: Usage) -> None: ...
 
 
-class Handle:
-    """The caller's end of a request. Keep it as long as the answer is wanted: a handle that is dropped
-    aborts."""
-
-    __slots__ = ("_generation", "_loop")
-
-    def __init__(self, generation: Generation) -> None:
-        self._generation = generation
-        self._loop = asyncio.get_running_loop()
-
-    async def admitted(self) -> None:
-        """Returns once the engine has validated and queued the request; raises ApiError if it was refused
-        (then on_error is not called), "timeout" if the engine does not answer in time."""
-        await self._generation.admitted()
-
-    def abort(self) -> None:
-        """Ends the request silently at once: no further call to the listener. Harmless when it has ended."""
-        self._generation.abort()
-
-    @property
-    def usage(self) -> Usage:
-        """Counts so far; final after the end, aborted requests included."""
-        return self._generation.usage
-
-    @property
-    def outcome(self) -> str:
-        """ "running", "finished", "aborted" or "failed"."""
-        return self._generation.outcome
-
-    def __del__(self) -> None:
-        # The collector may run in another thread.
-        if self._generation.outcome == "running":
-            with contextlib.suppress(RuntimeError):  # the loop is closed
-                self._loop.call_soon_threadsafe(self._generation.abort)
-
-
 async def submit(
     services: Services,
     model: Model,
@@ -123,19 +91,21 @@ async def submit(
     options: TextOptions,
     listener: Listener,
     *,
+    on_text: OnText | None = None,
     timeout_s: float | None = None,
 ) -> Handle:
     """Hands one request to an engine.
 
     model: from `Services.resolve`. request: complete but for `model`, with prompt_ids; submit sets
-    `output.logprobs` from the options. timeout_s: deadline from now for the whole request. Raises ApiError
-    when no engine or tokenizer can serve it now.
+    `output.logprobs` from the options. on_text: called instead of listener.on_delta for a delta that is text
+    and nothing else. timeout_s: deadline from now for the whole request. Raises ApiError when no engine or
+    tokenizer can serve it now.
     """
     vocabulary = await services.vocabulary(model)
     request.model = model.id
     if options.logprobs is not None:
         request.output.logprobs = options.logprobs
-    generation = Generation(services, model, request, options, listener, vocabulary, timeout_s)
+    generation = Generation(services, model, request, options, listener, vocabulary, timeout_s, on_text)
     generation.start()
     return Handle(generation)
 
@@ -161,13 +131,14 @@ class Generation:
         listener: Listener,
         vocabulary: Vocabulary,
         timeout_s: float | None,
+        on_text: OnText | None = None,
     ) -> None:
         self._services = services
         self._model = model
         self._request = request
         self._listener = listener
         self._vocabulary = vocabulary
-        self._prompt_ids = list(request.prompt_ids.ids)
+        self._prompt_ids: Sequence[int] = request.prompt_ids.ids
         self._loop = asyncio.get_running_loop()
         self._deadline = None if timeout_s is None else self._loop.time() + timeout_s
         self._timer: asyncio.TimerHandle | None = None
@@ -181,6 +152,7 @@ class Generation:
         self.outcome = "running"
         self.usage = Usage(prompt_tokens=len(self._prompt_ids))
         self._keep_token_ids = options.keep_token_ids
+        self._on_text = None if options.keep_token_ids else on_text
         self.wants_logprobs = options.logprobs is not None
         self._choices = [
             _Choice(
@@ -209,11 +181,16 @@ class Generation:
         self._slot = engine.start(self._request, self, timeout_us)
 
     async def admitted(self) -> None:
+        timer = self._loop.call_later(ADMISSION_TIMEOUT_S, self._not_admitted)
         try:
-            await asyncio.wait_for(asyncio.shield(self._admission), ADMISSION_TIMEOUT_S)
-        except TimeoutError:
+            await self._admission
+        finally:
+            timer.cancel()
+
+    def _not_admitted(self) -> None:
+        if not self._admission.done():
+            self._refuse(ApiError("timeout", "The engine did not accept the request in time."))
             self.abort()
-            raise ApiError("timeout", "The engine did not accept the request in time.") from None
 
     def abort(self) -> None:
         self._end("aborted")
@@ -279,6 +256,8 @@ class Generation:
         hit = choice.pipeline.hit
         if hit is not None:
             self._finish(choice, index, text, (token_id,) if self._keep_token_ids else (), (), "stop", hit)
+        elif text and self._on_text is not None:
+            self._on_text(index, text)
         elif text or self._keep_token_ids:
             ids = (token_id,) if self._keep_token_ids else ()
             self._listener.on_delta(Delta(index, text, ids, (), None, None, self.usage))

@@ -9,8 +9,9 @@ from __future__ import annotations
 import asyncio
 import enum
 import re
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import orjson
 from uvicorn.protocols.http.flow_control import FlowControl
@@ -19,14 +20,19 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from penstock.frontend.request_id import clean_id, new_id
 from penstock.protos.errors import ApiError
 
+T = TypeVar("T")
+
 EXTENSION = "penstock.connection"
 # How long an upload that nobody wants any more is read and dropped, so that the client sees our answer
 # instead of a reset.
 _DISCARD_SECONDS = 5.0
 _MAX_PIPELINED = 1000
+_INTERIM = b"HTTP/1.1 100"
 # Java's client offers h2c with every request. The parser takes the offer for the end of HTTP and drops the
 # body; a server may ignore it, so it is renamed before the parser sees it.
 _UPGRADE = re.compile(rb"\r\nupgrade:", re.IGNORECASE)
+# The first lines of chunks, for the sizes that nearly all have.
+_CHUNK_HEADS = [b"%x\r\n" % size for size in range(2048)]
 _HOST = re.compile(rb"[A-Za-z0-9._~\-\[\]:%]*")
 
 
@@ -38,19 +44,102 @@ class HttpLimits:
     body_seconds: float = 60.0
 
 
-class ClientConnection:
-    """What a response writer may know about its connection; in the scope's extensions under EXTENSION."""
+class _Joined:
+    """The transport as one response has it: its head waits for the body's first bytes and goes out with them,
+    or alone before long. One write less for each answer, and one thing less to wake a reader for."""
 
-    __slots__ = ("_flow", "_transport")
+    __slots__ = ("_head", "_loop", "_transport")
 
-    def __init__(self, transport: asyncio.Transport, flow: FlowControl) -> None:
+    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
         self._transport = transport
+        self._loop = loop
+        self._head: bytes | None = None  # None: not written yet
+
+    def write(self, data: bytes) -> None:
+        if self._head is None and not data.startswith(_INTERIM):
+            self._head = data
+            # After a second turn: the first bytes of a stream are written within one.
+            self._loop.call_soon(self._loop.call_soon, self.flush)
+            return
+        if self._head:
+            data, self._head = self._head + data, b""
+        self._transport.write(data)
+
+    def flush(self) -> None:
+        if self._head:
+            head, self._head = self._head, b""
+            if not self._transport.is_closing():
+                self._transport.write(head)
+
+    def close(self) -> None:
+        self.flush()
+        self._transport.close()
+
+    def is_closing(self) -> bool:
+        return self._transport.is_closing()
+
+
+class ClientConnection:
+    """What the writer of one response may know about its connection; in the scope's extensions under
+    EXTENSION."""
+
+    __slots__ = ("_flow", "_on_lost", "_transport", "cycle", "joined")
+
+    def __init__(
+        self, transport: asyncio.Transport, flow: FlowControl, loop: asyncio.AbstractEventLoop
+    ) -> None:
+        self._transport = transport
+        self.joined = _Joined(transport, loop)
         self._flow = flow
+        self._on_lost: Callable[[], object] | None = None
+        self.cycle: RequestResponseCycle | None = None  # the response's; set once its request's headers came
+
+    @property
+    def has_whole_body(self) -> bool:
+        """Whether the request's body is here already: reading it waits for nothing."""
+        return self.cycle is not None and not self.cycle.more_body
+
+    async def while_connected(self, work: Coroutine[Any, Any, T]) -> T:
+        """The result of `work`, which is cancelled when the client leaves: then ApiError
+        client_disconnected. Runs in the caller's own task."""
+        task = asyncio.current_task()
+        lost = self.cycle is not None and self.cycle.disconnected
+        if task is None or lost:
+            work.close()
+            raise _left()
+
+        def leave() -> None:
+            nonlocal lost
+            lost = True
+            task.cancel()
+
+        self._on_lost = leave
+        try:
+            return await work
+        except asyncio.CancelledError:
+            if lost and not task.uncancel():
+                raise _left() from None
+            raise
+        finally:
+            self._on_lost = None
+
+    def lose(self) -> None:
+        """The client is gone."""
+        if self._on_lost is not None:
+            self._on_lost()
 
     @property
     def write_paused(self) -> bool:
         """Whether `send` would wait for the reader."""
         return self._flow.write_paused
+
+    def write_chunk(self, data: bytes) -> None:
+        """The same as `send` with a body and more to come, for a chunked answer that has begun: no coroutine,
+        no message. Dropped when the client is gone."""
+        if self.cycle is not None and not self.cycle.disconnected:
+            size = len(data)
+            head = _CHUNK_HEADS[size] if size < len(_CHUNK_HEADS) else b"%x\r\n" % size
+            self.joined.write(b"".join((head, data, b"\r\n")))
 
     def unsent_bytes(self) -> int:
         return self._transport.get_write_buffer_size()
@@ -81,10 +170,10 @@ class LimitedProtocol(HttpToolsProtocol):
         self._deadline: asyncio.TimerHandle | None = None
         self._refusal: ApiError | None = None
         self._cycles: list[RequestResponseCycle] = []
+        self._responses: list[ClientConnection] = []  # of the cycles
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._connection = ClientConnection(transport, self.flow)
         self._arm(self.limits.header_seconds)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -94,7 +183,10 @@ class LimitedProtocol(HttpToolsProtocol):
             if not cycle.response_complete:
                 cycle.disconnected = True
             cycle.message_event.set()
+        for connection in self._responses:
+            connection.lose()
         self._cycles.clear()
+        self._responses.clear()
         self.pipeline.clear()
         super().connection_lost(exc)
 
@@ -120,6 +212,7 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
+        self._connection = ClientConnection(self.transport, self.flow, self.loop)
         self.scope["extensions"] = {EXTENSION: self._connection}  # type: ignore[dict-item]
         self._phase = _Phase.HEADERS
         self._began = True
@@ -141,12 +234,16 @@ class LimitedProtocol(HttpToolsProtocol):
         self._phase = _Phase.BODY
         self._consumed = True
         self._cycles = [cycle for cycle in self._cycles if not cycle.response_complete]
+        self._responses = [response for response in self._responses if response.cycle in self._cycles]
         if len(self._cycles) >= _MAX_PIPELINED:
             self._raise(ApiError("invalid_value", "Too many requests are pipelined on one connection."))
         # The reader of the body answers 408 on time; this is for bodies that nobody reads.
         self._arm(self.limits.body_seconds + _DISCARD_SECONDS)
         super().on_headers_complete()
+        self._connection.cycle = self.cycle
+        self.cycle.transport = self._connection.joined  # type: ignore[assignment]
         self._cycles.append(self.cycle)
+        self._responses.append(self._connection)
 
     def on_body(self, body: bytes) -> None:
         self._consumed = True
@@ -158,6 +255,8 @@ class LimitedProtocol(HttpToolsProtocol):
         super().on_message_complete()
 
     def on_response_complete(self) -> None:
+        for response in self._responses:
+            response.joined.flush()  # a head without a body
         super().on_response_complete()
         if self._phase is _Phase.BODY and self.cycle.response_complete and not self.transport.is_closing():
             self._arm(_DISCARD_SECONDS)
@@ -208,12 +307,18 @@ class LimitedProtocol(HttpToolsProtocol):
         self._disarm()
         own = self.cycle if self._phase is _Phase.BODY else None
         others = any(cycle is not own and not cycle.response_complete for cycle in self._cycles)
+        for response in self._responses:
+            response.joined.flush()
         if not others and (own is None or not own.response_started):
             self.transport.write(_answer(error, self.headers or []))
         for cycle in self._cycles:
             cycle.disconnected = True
             cycle.message_event.set()
         self.transport.close()
+
+
+def _left() -> ApiError:
+    return ApiError("client_disconnected", "The client closed the connection.")
 
 
 def _too_large(limits: HttpLimits) -> ApiError:

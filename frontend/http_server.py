@@ -9,7 +9,7 @@ import os
 import socket
 import stat
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from email.utils import formatdate
 from typing import Any
 
@@ -78,17 +78,16 @@ class HttpServer:
     async def start(self, addresses: tuple[str, ...]) -> list[str]:
         """addresses: "unix:/path" or "host:port". Returns the URLs served. Raises OSError when one cannot be
         bound, ValueError when one is malformed."""
+        listeners = [listener for address in addresses for listener in listeners_of(address)]
+        self._unix_paths = [path for listener in listeners if (path := unix_path(listener))]
+        return await self.serve(listeners)
+
+    async def serve(self, listeners: Sequence[socket.socket]) -> list[str]:
+        """The same on sockets that somebody else has bound and will clean up after. Returns the URLs."""
         loop = asyncio.get_running_loop()
-        urls = []
-        for address in addresses:
-            for listener in _listeners(address):
-                self._servers.append(
-                    await loop.create_server(self._protocol, sock=listener, backlog=_BACKLOG)
-                )
-                urls.append(_url(listener))
-            if address.startswith("unix:"):
-                self._unix_paths.append(address.removeprefix("unix:"))
-        return urls
+        for listener in listeners:
+            self._servers.append(await loop.create_server(self._protocol, sock=listener, backlog=_BACKLOG))
+        return [url_of(listener) for listener in listeners]
 
     async def stop(self, grace_seconds: float, cut: Callable[[], None]) -> None:
         """Refuses new connections, lets requests finish for grace_seconds, then calls `cut`, gives the
@@ -126,7 +125,9 @@ class HttpServer:
         )
 
 
-def _listeners(address: str) -> list[socket.socket]:
+def listeners_of(address: str, *, share: bool = False) -> list[socket.socket]:
+    """Bound sockets, one per address family. share: others may bind the same port, and the kernel spreads the
+    connections over all that listen. Raises OSError, ValueError."""
     if address.startswith("unix:"):
         return [_unix_listener(address.removeprefix("unix:").removeprefix("//"))]
     host, colon, port = address.rpartition(":")
@@ -138,6 +139,8 @@ def _listeners(address: str) -> list[socket.socket]:
     for family, kind, protocol, _, where in dict.fromkeys(found):
         listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if share:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         if family == socket.AF_INET6:
             listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         for option in _TCP_OPTIONS:
@@ -182,7 +185,12 @@ def _answers(path: str) -> bool:
         return True
 
 
-def _url(listener: socket.socket) -> str:
+def unix_path(listener: socket.socket) -> str:
+    """ "" for a TCP socket."""
+    return str(listener.getsockname()) if listener.family == socket.AF_UNIX else ""
+
+
+def url_of(listener: socket.socket) -> str:
     if listener.family == socket.AF_UNIX:
         return f"unix:{listener.getsockname()}"
     host, port = listener.getsockname()[:2]

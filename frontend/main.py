@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 
-import uvloop
-
+from penstock.frontend import workers
 from penstock.frontend.app import Application
 from penstock.frontend.auth import KeyRing
 from penstock.frontend.config import FrontendConfig, parse_override
@@ -14,15 +14,19 @@ from penstock.frontend.context import QUIET_TICKS, Context
 from penstock.frontend.http_protocol import HttpLimits
 from penstock.frontend.http_server import HttpServer
 from penstock.frontend.metrics import FrontendMetrics
+from penstock.frontend.peers import Peers
 from penstock.frontend.services import Services
 from penstock.frontend.sse import StreamLimits
 from penstock.frontend.text.parsers import ParserNames
 from penstock.protos import log as logs
+from penstock.protos import loop, serving
 from penstock.protos.serving import on_shutdown_signal
 
 log = logging.getLogger("penstock.frontend")
 
 EXIT_OK, EXIT_RUNTIME, EXIT_CONFIG = 0, 1, 2
+# How long a worker that replaces a dead one waits for its services before it takes connections.
+REPLACEMENT_S = 5.0
 
 
 def run(config: FrontendConfig) -> int:
@@ -30,13 +34,15 @@ def run(config: FrontendConfig) -> int:
     logs.setup("frontend", config.log_level, config.log_format)
     for name in ("uvicorn.error", "penstock.frontend.access"):
         logging.getLogger(name).setLevel(config.uvicorn_log_level.upper())
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(_serve(config))
+    serving.raise_file_limit()
+    if config.workers > 1:
+        return workers.run(config, lambda worker: loop.run(_serve(config, worker)))
+    return loop.run(_serve(config))
 
 
-async def _serve(config: FrontendConfig) -> int:
+async def _serve(config: FrontendConfig, worker: workers.Worker | None = None) -> int:
     try:
-        frontend = Frontend(config)
+        frontend = Frontend(config, worker)
         await frontend.start()
     except ValueError as error:
         log.error("%s", error)
@@ -46,8 +52,11 @@ async def _serve(config: FrontendConfig) -> int:
         return EXIT_RUNTIME
     signalled = asyncio.Event()
     on_shutdown_signal(signalled.set)
-    for url in frontend.urls:
-        log.info("listening on %s", url)
+    if worker is not None:
+        worker.when_orphaned(signalled.set)
+    else:
+        for url in frontend.urls:
+            log.info("listening on %s", url)
     await signalled.wait()
     log.info("draining, for at most %.0f s", config.drain_seconds)
     await frontend.stop(config.drain_seconds)
@@ -57,10 +66,12 @@ async def _serve(config: FrontendConfig) -> int:
 class Frontend:
     """All parts of one frontend, started and stopped in order."""
 
-    def __init__(self, config: FrontendConfig) -> None:
-        """Raises ValueError for an unusable configuration. Needs a running event loop."""
+    def __init__(self, config: FrontendConfig, worker: workers.Worker | None = None) -> None:
+        """worker: which of several this is. Raises ValueError for an unusable configuration. Needs a running
+        event loop."""
         if not config.engine or not config.tokenizer:
             raise ValueError("a frontend needs at least one --engine and one --tokenizer")
+        self._worker = worker
         try:
             keys = KeyRing(config.api_key, config.api_key_file)
         except OSError as error:
@@ -84,7 +95,7 @@ class Frontend:
         )
         self.server = HttpServer(app, limits, config.keep_alive_seconds)
         self.urls: list[str] = []
-        self._addresses = config.listen or (f"{_bracketed(config.host)}:{config.port}",)
+        self._addresses = config.addresses
         self._keepalive_seconds = config.sse_keepalive_seconds
         self._ticker: asyncio.Task[None] | None = None
         if self.context.overrides:
@@ -95,11 +106,24 @@ class Frontend:
         ValueError."""
         await self.services.start()
         try:
-            self.urls = await self.server.start(self._addresses)
+            if self._worker is None:
+                self.urls = await self.server.start(self._addresses)
+            else:
+                await self._join(self._worker)
         except BaseException:
             await self.services.stop()
             raise
         self._ticker = asyncio.create_task(self.context.keep_streams_alive(self._keepalive_seconds))
+
+    async def _join(self, worker: workers.Worker) -> None:
+        """Takes a worker's place among the others. One that replaces another takes no connection before it
+        can serve it, as long as that does not take too long."""
+        self.context.peers = Peers(worker.folder, worker.index, worker.count, self.context.report)
+        await self.context.peers.start()
+        if worker.replaces:
+            with contextlib.suppress(TimeoutError):
+                await self.services.wait_until(lambda: self.services.unready() is None, REPLACEMENT_S)
+        self.urls = await self.server.serve(worker.listeners)
 
     async def stop(self, grace_seconds: float) -> None:
         """Not ready from here on; running requests get grace_seconds, then a shutting_down error."""
@@ -109,7 +133,5 @@ class Frontend:
         if self._ticker is not None:
             self._ticker.cancel()
         await self.services.stop()
-
-
-def _bracketed(host: str) -> str:
-    return f"[{host}]" if ":" in host else host
+        if self.context.peers is not None:
+            self.context.peers.stop()

@@ -7,7 +7,9 @@ second time under `vllm:`. Label values are routes, served models and table word
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
 
 from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
@@ -28,6 +30,9 @@ _WHOLE_REQUEST = (
 _TOKENS = tuple(m * 10**e for e in range(7) for m in (1, 2, 5))
 _SMALL = (1, 2, 5, 10, 20)
 
+_SHARED = ("process_start_time_seconds", "process_max_fds")
+_GAUGES = ("in_flight", "open_streams", "stalled_streams")
+
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
 
@@ -44,6 +49,14 @@ class Histogram:
     def observe(self, value: float) -> None:
         self.counts[bisect_left(self.bounds, value)] += 1
         self.total += value
+
+    def snapshot(self) -> list[Any]:
+        return [self.counts, self.total]
+
+    def add(self, snapshot: Sequence[Any]) -> None:
+        counts, total = snapshot
+        self.counts = [a + b for a, b in zip(self.counts, counts, strict=True)]
+        self.total += total
 
     def buckets(self) -> list[tuple[str, float]]:
         """(upper bound, cumulative count), the last bound +Inf."""
@@ -70,11 +83,30 @@ class ModelMetrics:
         self.generation_tokens = 0
         self.finished: dict[str, int] = {"stop": 0, "length": 0, "abort": 0, "error": 0}
 
+    def snapshot(self) -> dict[str, Any]:
+        """Every cell, as JSON has it."""
+        cells = vars(self).items()
+        return {name: cell.snapshot() if isinstance(cell, Histogram) else cell for name, cell in cells}
+
+    def add(self, snapshot: Mapping[str, Any]) -> None:
+        for name, value in snapshot.items():
+            cell = getattr(self, name)
+            if isinstance(cell, Histogram):
+                cell.add(value)
+            elif isinstance(cell, dict):
+                for key, count in value.items():
+                    cell[key] = cell.get(key, 0) + count
+            else:
+                setattr(self, name, cell + value)
+
 
 class FrontendMetrics:
-    """All counters of one process. Not thread-safe: everything happens on the event loop."""
+    """All counters of one process, or the sums over several. Not thread-safe: everything happens on the event
+    loop."""
 
-    def __init__(self, vllm_names: bool = False) -> None:
+    def __init__(self, vllm_names: bool = False, pids: Sequence[int] = ()) -> None:
+        """pids: processes whose memory and CPU time are shown, summed; default: this one."""
+        self._vllm_names = vllm_names
         self.http: dict[tuple[str, str, str], int] = {}
         self.in_flight = 0
         self.open_streams = 0
@@ -83,7 +115,7 @@ class FrontendMetrics:
         self._prefixes = ("penstock", "vllm") if vllm_names else ("penstock",)
         self._registry = CollectorRegistry()
         self._registry.register(self)
-        ProcessCollector(registry=self._registry)
+        self._registry.register(Processes(pids) if pids else ProcessCollector(registry=None))
 
     def of_model(self, model: str) -> ModelMetrics:
         """model: the id of a served model, never a name from a request."""
@@ -99,6 +131,31 @@ class FrontendMetrics:
     def text(self) -> bytes:
         """The Prometheus text exposition."""
         return generate_latest(self._registry)
+
+    def snapshot(self) -> dict[str, Any]:
+        """All counts, as JSON has it."""
+        return {
+            "http": [[*key, count] for key, count in self.http.items()],
+            **{name: getattr(self, name) for name in _GAUGES},
+            "models": {model: cells.snapshot() for model, cells in self._models.items()},
+        }
+
+    def add(self, snapshot: Mapping[str, Any]) -> None:
+        """Sums another process's counts into these."""
+        for *key, count in snapshot["http"]:
+            labels = (key[0], key[1], key[2])
+            self.http[labels] = self.http.get(labels, 0) + count
+        for name in _GAUGES:
+            setattr(self, name, getattr(self, name) + snapshot[name])
+        for model, cells in snapshot["models"].items():
+            self.of_model(model).add(cells)
+
+    def summed(self, snapshots: Sequence[Mapping[str, Any]], pids: Sequence[int]) -> FrontendMetrics:
+        """Metrics of the same kind, with the sums of the snapshots."""
+        found = FrontendMetrics(self._vllm_names, pids)
+        for snapshot in snapshots:
+            found.add(snapshot)
+        return found
 
     def describe(self) -> Iterable[Metric]:
         return ()
@@ -155,3 +212,26 @@ class FrontendMetrics:
                 histogram: Histogram = getattr(cells, field)
                 family.add_metric([model], histogram.buckets(), histogram.total)
             yield family
+
+
+class Processes:
+    """prometheus_client's view of a process, for several as if they were one."""
+
+    def __init__(self, pids: Sequence[int]) -> None:
+        self._collectors = [ProcessCollector(pid=partial(int, pid), registry=None) for pid in pids]
+
+    def describe(self) -> Iterable[Metric]:
+        return ()
+
+    def collect(self) -> Iterator[Metric]:
+        merged: dict[str, Metric] = {}
+        for collector in self._collectors:
+            for family in collector.collect():
+                known = merged.setdefault(family.name, family)
+                if known is family:
+                    continue
+                first, other = known.samples[0], family.samples[0]
+                # All began when the first of them did, and each may open as many files.
+                join = min if family.name in _SHARED else float.__add__
+                known.samples = [first._replace(value=join(float(first.value), float(other.value)))]
+        yield from merged.values()

@@ -50,12 +50,50 @@ class StreamLimits:
     quiet_ticks: int = 15
 
 
+class WriteBatch:
+    """Writes what the streams of one process have, together, before the event loop waits again.
+
+    A step's chunks are first all made and then all written: the same code stays in the processor's caches,
+    and readers on this machine are woken once rather than for each. Steps that come faster than the loop
+    turns share a chunk.
+    """
+
+    # Streams written at a time, so that the first of many do not wait for the last.
+    SIZE = 64
+
+    def __init__(self) -> None:
+        self._streams: list[SseStream] = []
+        self._scheduled = False
+
+    def add(self, stream: SseStream) -> None:
+        self._streams.append(stream)
+        if not self._scheduled:
+            self._scheduled = True
+            asyncio.get_running_loop().call_soon(self._turn)
+        elif len(self._streams) >= self.SIZE:
+            self.flush()
+
+    def flush(self) -> None:
+        """Writes now what is waiting. A stream that fails is cut, the others are not touched."""
+        streams, self._streams = self._streams, []
+        for stream in streams:
+            try:
+                stream.flush()
+            except Exception:
+                log.exception("a stream could not be written")
+                stream.abort()
+
+    def _turn(self) -> None:
+        self._scheduled = False
+        self.flush()
+
+
 class SseStream:
     """The body of one streaming answer.
 
-    `write` and `finish` return at once. While the connection takes bytes they go to the transport directly;
-    when it does not, the stream is parked: bytes are held, up to a limit, and a task writes them as the
-    reader reads. A reader that stalls, or falls too far behind, loses the connection.
+    `write` and `finish` return at once. While the connection takes bytes they go to the transport within this
+    turn of the loop; when it does not, the stream is parked: bytes are held, up to a limit, and a task writes
+    them as the reader reads. A reader that stalls, or falls too far behind, loses the connection.
     """
 
     __slots__ = (
@@ -69,15 +107,21 @@ class SseStream:
         "_quiet",
         "_send",
         "_task",
+        "_unwritten",
+        "_writes",
         "stalled",
     )
 
-    def __init__(self, send: Send, connection: ClientConnection | None, limits: StreamLimits) -> None:
+    def __init__(
+        self, send: Send, connection: ClientConnection | None, limits: StreamLimits, writes: WriteBatch
+    ) -> None:
         """send: the ASGI send, before any message. connection: None when the server does not tell when a send
         would wait; then all writes go through the task."""
         self._send = send
         self._connection = connection
         self._limits = limits
+        self._writes = writes
+        self._unwritten = b""  # waits for the batch
         self._held: list[bytes] = []
         self._held_bytes = 0
         self._parked = True
@@ -93,7 +137,17 @@ class SseStream:
         self._quiet = 0
         if self._ended.done():
             return
-        if self._connection is None or self._held or self._finishing:
+        if self._writable() and self._held_bytes <= _PIECE_BYTES:
+            self._parked = False
+            held = b"".join(self._held)
+            self._held.clear()
+            self._held_bytes = 0
+            if self._finishing:
+                self._step(held)
+                self._end(True)
+            elif held:
+                self._connection.write_chunk(held)  # type: ignore[union-attr]
+        elif self._connection is None or self._held or self._finishing:
             self._task = asyncio.create_task(self._unpark())
         else:
             self._parked = False
@@ -102,21 +156,35 @@ class SseStream:
         if self._finishing:
             return
         self._quiet = 0
-        if self._parked or self._connection is None or self._connection.write_paused:
+        if self._parked or self._connection is None:
+            self._hold(data)
+        elif self._unwritten:
+            self._unwritten += data
+        else:
+            self._unwritten = data
+            self._writes.add(self)
+
+    def flush(self) -> None:
+        """Writes what waits for the batch, or parks it."""
+        data, self._unwritten = self._unwritten, b""
+        if not data or self._connection is None:
+            return
+        if self._connection.write_paused:
             self._hold(data)
         else:
-            self._step(data, True)
+            self._connection.write_chunk(data)
 
     def finish(self, data: bytes) -> None:
         """The last bytes of the body. Later writes are dropped."""
         if self._finishing:
             return
-        if self._parked or self._connection is None or self._connection.write_paused:
+        data, self._unwritten = self._unwritten + data, b""
+        if self._parked or not self._writable():
             self._hold(data)
             self._finishing = True
         else:
             self._finishing = True
-            self._step(data, False)
+            self._step(data)
             self._end(True)
 
     def tick(self) -> None:
@@ -132,6 +200,7 @@ class SseStream:
         self._finishing = True
         self._held.clear()
         self._held_bytes = 0
+        self._unwritten = b""
         if self._connection is not None:
             self._connection.abort()
         self._end(False)
@@ -140,13 +209,17 @@ class SseStream:
         """Waits for the end: True when the whole body went to the transport, False after an abort."""
         return await asyncio.shield(self._ended)
 
+    def _writable(self) -> bool:
+        """Whether bytes can go to the transport without waiting."""
+        return self._connection is not None and not self._connection.write_paused
+
     def _end(self, whole: bool) -> None:
         if not self._ended.done():
             self._ended.set_result(whole)
 
-    def _step(self, data: bytes, more: bool) -> None:
-        """Runs one send to its end without a task: it has nothing to wait for."""
-        sending = self._send({"type": "http.response.body", "body": data, "more_body": more})
+    def _step(self, data: bytes) -> None:
+        """Runs the last send to its end without a task: it has nothing to wait for."""
+        sending = self._send({"type": "http.response.body", "body": data, "more_body": False})
         try:
             sending.send(None)
         except StopIteration:

@@ -7,6 +7,7 @@ Knows fingerprints, no engines and no requests of users.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import logging
 from collections.abc import Awaitable, Callable, Sequence
@@ -14,8 +15,9 @@ from typing import Any, TypeVar
 
 import grpc
 
-from penstock.frontend.connection import CALL_TIMEOUT_S, Connection
+from penstock.frontend.connection import CALL_TIMEOUT_S, Backoff, Connection
 from penstock.frontend.text.vocabulary import Vocabulary
+from penstock.frontend.tokenizer_stream import StreamLost, TokenizerStream
 from penstock.protos import memory, tokenizer_pb2, tokenizer_pb2_grpc
 from penstock.protos.errors import ApiError, from_rpc
 
@@ -78,7 +80,13 @@ class TokenizerConnection(Connection):
         super().__init__(address, SERVICE, on_change)
         self.stub = tokenizer_pb2_grpc.TokenizerStub(self._channel)
         self.info: tokenizer_pb2.TokenizerInfo | None = None
+        self.stream = TokenizerStream()
         self._vocabularies = vocabularies
+        self._may_connect = asyncio.Event()
+
+    def open(self) -> None:
+        super().open()
+        self._tasks.append(asyncio.create_task(self._keep_stream()))
 
     @property
     def ready(self) -> bool:
@@ -92,6 +100,30 @@ class TokenizerConnection(Connection):
             log.error("tokenizer %s is unusable: %s", self.address, error)
             raise
         self.info = info
+        self._may_connect.set()
+
+    async def _keep_stream(self) -> None:
+        """Calls go over the stream while it is there, one by one while it is not."""
+        backoff = Backoff()
+        while True:
+            await self._may_connect.wait()
+            try:
+                await self.stream.run(self.stub)
+                backoff.reset()
+            except grpc.RpcError as error:
+                if error.code() is grpc.StatusCode.UNIMPLEMENTED:  # an older service
+                    self._may_connect.clear()
+                    continue
+                log.debug("stream to tokenizer %s ended: %s", self.address, error.code())
+            except asyncio.CancelledError:
+                if _is_being_cancelled():
+                    raise
+            except Exception:
+                log.exception("stream to tokenizer %s failed", self.address)
+            # Until health says again that it serves, there is nothing to connect to.
+            if not self.serving:
+                self._may_connect.clear()
+            await backoff.wait()
 
 
 class ModelTokenizer:
@@ -141,7 +173,13 @@ class ModelTokenizer:
             replica.touch()
             rpc: Callable[..., Awaitable[Any]] = getattr(replica.stub, method)
             try:
+                if replica.stream.connected and method != "Decode":
+                    with contextlib.suppress(StreamLost):  # the replica may be there all the same
+                        return await replica.stream.ask(request, left_s)
                 return await rpc(request, timeout=left_s)
+            except ApiError as error:
+                if error.kind.grpc_status is not grpc.StatusCode.UNAVAILABLE:
+                    raise
             except grpc.RpcError as error:
                 if error.code() is not grpc.StatusCode.UNAVAILABLE:
                     raise _api_error(error) from None

@@ -218,3 +218,51 @@ class TokenizerInfo(_message.Message):
     all_special_ids: _containers.RepeatedScalarFieldContainer[int]
     add_bos_token: bool
     def __init__(self, api_version: _Optional[str] = ..., service_version: _Optional[str] = ..., model: _Optional[str] = ..., fingerprint: _Optional[str] = ..., vocab_size: _Optional[int] = ..., special_token_ids: _Optional[_Mapping[str, int]] = ..., has_chat_template: _Optional[bool] = ..., chat_template_source: _Optional[str] = ..., content_format: _Optional[_Union[ContentFormat, str]] = ..., supports_tools: _Optional[bool] = ..., tool_parser: _Optional[str] = ..., reasoning_parser: _Optional[str] = ..., named_templates: _Optional[_Iterable[str]] = ..., all_special_ids: _Optional[_Iterable[int]] = ..., add_bos_token: _Optional[bool] = ...) -> None: ...
+
+class TokenizerCalls(_message.Message):
+    __slots__ = ("calls", "cancels")
+    CALLS_FIELD_NUMBER: _ClassVar[int]
+    CANCELS_FIELD_NUMBER: _ClassVar[int]
+    calls: _containers.RepeatedCompositeFieldContainer[TokenizerCall]
+    cancels: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, calls: _Optional[_Iterable[_Union[TokenizerCall, _Mapping]]] = ..., cancels: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class TokenizerCall(_message.Message):
+    __slots__ = ("number", "render", "encode")
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    RENDER_FIELD_NUMBER: _ClassVar[int]
+    ENCODE_FIELD_NUMBER: _ClassVar[int]
+    number: int
+    render: RenderRequest
+    encode: EncodeRequest
+    def __init__(self, number: _Optional[int] = ..., render: _Optional[_Union[RenderRequest, _Mapping]] = ..., encode: _Optional[_Union[EncodeRequest, _Mapping]] = ...) -> None: ...
+
+class TokenizerAnswers(_message.Message):
+    __slots__ = ("answers",)
+    ANSWERS_FIELD_NUMBER: _ClassVar[int]
+    answers: _containers.RepeatedCompositeFieldContainer[TokenizerAnswer]
+    def __init__(self, answers: _Optional[_Iterable[_Union[TokenizerAnswer, _Mapping]]] = ...) -> None: ...
+
+class TokenizerAnswer(_message.Message):
+    __slots__ = ("number", "render", "encode", "error")
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    RENDER_FIELD_NUMBER: _ClassVar[int]
+    ENCODE_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    number: int
+    render: RenderResponse
+    encode: EncodeResponse
+    error: CallError
+    def __init__(self, number: _Optional[int] = ..., render: _Optional[_Union[RenderResponse, _Mapping]] = ..., encode: _Optional[_Union[EncodeResponse, _Mapping]] = ..., error: _Optional[_Union[CallError, _Mapping]] = ...) -> None: ...
+
+class CallError(_message.Message):
+    __slots__ = ("reason", "message", "param", "retry_after_us")
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    PARAM_FIELD_NUMBER: _ClassVar[int]
+    RETRY_AFTER_US_FIELD_NUMBER: _ClassVar[int]
+    reason: str
+    message: str
+    param: str
+    retry_after_us: int
+    def __init__(self, reason: _Optional[str] = ..., message: _Optional[str] = ..., param: _Optional[str] = ..., retry_after_us: _Optional[int] = ...) -> None: ...

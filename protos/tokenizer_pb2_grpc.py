@@ -44,6 +44,11 @@ class TokenizerStub:
                 request_serializer=penstock_dot_protos_dot_tokenizer__pb2.EncodeRequest.SerializeToString,
                 response_deserializer=penstock_dot_protos_dot_tokenizer__pb2.EncodeResponse.FromString,
                 _registered_method=True)
+        self.Multiplex = channel.stream_stream(
+                '/penstock.v1.Tokenizer/Multiplex',
+                request_serializer=penstock_dot_protos_dot_tokenizer__pb2.TokenizerCalls.SerializeToString,
+                response_deserializer=penstock_dot_protos_dot_tokenizer__pb2.TokenizerAnswers.FromString,
+                _registered_method=True)
         self.Decode = channel.unary_unary(
                 '/penstock.v1.Tokenizer/Decode',
                 request_serializer=penstock_dot_protos_dot_tokenizer__pb2.DecodeRequest.SerializeToString,
@@ -73,6 +78,14 @@ class TokenizerServicer:
 
     def Encode(self, request, context):
         """A batch of texts, or pairs of texts, to ids.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Multiplex(self, request_iterator, context):
+        """Many Render and Encode calls over one stream: what frontends use. A call of its own costs both sides
+        several times the work in it; calls that come together share a message here.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -111,6 +124,11 @@ def add_TokenizerServicer_to_server(servicer, server):
                     servicer.Encode,
                     request_deserializer=penstock_dot_protos_dot_tokenizer__pb2.EncodeRequest.FromString,
                     response_serializer=penstock_dot_protos_dot_tokenizer__pb2.EncodeResponse.SerializeToString,
+            ),
+            'Multiplex': grpc.stream_stream_rpc_method_handler(
+                    servicer.Multiplex,
+                    request_deserializer=penstock_dot_protos_dot_tokenizer__pb2.TokenizerCalls.FromString,
+                    response_serializer=penstock_dot_protos_dot_tokenizer__pb2.TokenizerAnswers.SerializeToString,
             ),
             'Decode': grpc.unary_unary_rpc_method_handler(
                     servicer.Decode,
@@ -182,6 +200,33 @@ class Tokenizer:
             '/penstock.v1.Tokenizer/Encode',
             penstock_dot_protos_dot_tokenizer__pb2.EncodeRequest.SerializeToString,
             penstock_dot_protos_dot_tokenizer__pb2.EncodeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Multiplex(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/penstock.v1.Tokenizer/Multiplex',
+            penstock_dot_protos_dot_tokenizer__pb2.TokenizerCalls.SerializeToString,
+            penstock_dot_protos_dot_tokenizer__pb2.TokenizerAnswers.FromString,
             options,
             channel_credentials,
             insecure,

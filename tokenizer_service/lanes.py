@@ -13,6 +13,8 @@ R = TypeVar("R")
 
 # Characters. Below it the work takes some 10 ms at most; a MiB takes half a second.
 LONG = 32_768
+# Characters that take less time than a hand-over to a thread and back costs.
+TINY = 512
 MAX_PENDING = 2048
 WAIT_LIMIT_S = 60.0
 
@@ -29,6 +31,8 @@ class Lanes:
         Raises what work raises, and ApiError (queue_full, timeout)."""
         if self.pending >= MAX_PENDING:
             raise ApiError("queue_full", "Too many texts are waiting for the tokenizer.")
+        if size <= TINY:
+            return _contained(work)
         pool = self._long if size > LONG else self._short
         self.pending += 1
         try:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from prometheus_client import start_http_server
 
 from penstock.protos import log as service_log
-from penstock.protos import memory, tokenizer_pb2, tokenizer_pb2_grpc
+from penstock.protos import loop, memory, tokenizer_pb2, tokenizer_pb2_grpc
 from penstock.protos.errors import ApiError
 from penstock.protos.serving import GrpcService, on_shutdown_signal
 from penstock.protos.settings import ConfigError
@@ -48,7 +48,7 @@ def run(config: TokenizerConfig) -> int:
     try:
         parts = assemble(config)
         memory.give_back()
-        asyncio.run(_serve(config, parts))
+        loop.run(_serve(config, parts))
     except tokenizer_files.ModelFilesError as error:
         return _fail(str(error), EXIT_MODEL_FILES)
     except ConfigError as error:

@@ -18,6 +18,7 @@ from penstock.tokenizer_service.chat import ChatOptions, ChatPrompt, ChatRendere
 from penstock.tokenizer_service.infill import Infill, no_infill
 from penstock.tokenizer_service.lanes import Lanes
 from penstock.tokenizer_service.metrics import TokenizerMetrics
+from penstock.tokenizer_service.multiplex import CallStream
 from penstock.tokenizer_service.render_pool import RenderJob
 from penstock.tokenizer_service.tokenizer import Encoded, EncodeOptions, LoadedTokenizer
 
@@ -59,6 +60,21 @@ class TokenizerServicer(tokenizer_pb2_grpc.TokenizerServicer):
     async def Render(
         self, request: tokenizer_pb2.RenderRequest, context: Context
     ) -> tokenizer_pb2.RenderResponse:
+        return await self._render(request)
+
+    async def Encode(
+        self, request: tokenizer_pb2.EncodeRequest, context: Context
+    ) -> tokenizer_pb2.EncodeResponse:
+        return await self._encode(request)
+
+    async def Multiplex(
+        self, requests: AsyncIterator[tokenizer_pb2.TokenizerCalls], context: Context
+    ) -> None:
+        # At once, or a caller could not tell a service that has this call from one that has not.
+        await context.send_initial_metadata(())
+        await CallStream(self._render, self._encode, context.write).run(requests)
+
+    async def _render(self, request: tokenizer_pb2.RenderRequest) -> tokenizer_pb2.RenderResponse:
         request_id.set(request.request_id)
         with self._metrics.call("Render"):
             self._check_model(request.model)
@@ -66,9 +82,7 @@ class TokenizerServicer(tokenizer_pb2_grpc.TokenizerServicer):
             self._metrics.tokens("Render", len(prompt.ids))
             return _rendered(prompt, request.return_text)
 
-    async def Encode(
-        self, request: tokenizer_pb2.EncodeRequest, context: Context
-    ) -> tokenizer_pb2.EncodeResponse:
+    async def _encode(self, request: tokenizer_pb2.EncodeRequest) -> tokenizer_pb2.EncodeResponse:
         request_id.set(request.request_id)
         with self._metrics.call("Encode"):
             self._check_model(request.model)

@@ -141,6 +141,16 @@ def machine(device: torch.device) -> Machine:
     return Machine(name, driver, torch.__version__, triton_version, platform.python_version(), _commit())
 
 
+def host() -> dict[str, object]:
+    """What to name beside figures of this machine's cores."""
+    return {
+        "cpu": _cpu_name(),
+        "cores": len(os.sched_getaffinity(0)),
+        "python": platform.python_version(),
+        "commit": _commit(),
+    }
+
+
 def _driver() -> str:
     found = _said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     return f"{found.splitlines()[0] if found else 'unknown'} (CUDA {torch.version.cuda})"

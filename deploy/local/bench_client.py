@@ -1,23 +1,28 @@
-"""A load client cheap enough not to measure itself: plain asyncio streams, a connection for each request.
+"""A load client cheap enough not to measure itself: httptools' parser on raw connections, which are kept.
 
-Knows the completions endpoint of the OpenAI API and the clock; no statistics.
+Knows the completions and chat endpoints of the OpenAI API and the clock; no load shapes, no statistics.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import ssl
 import time
-from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
+from typing import Any
 from urllib.parse import urlsplit
+
+import httptools
 
 CONNECT_TIMEOUT_S = 10.0
 # Longest silence within an answer.
 SILENCE_TIMEOUT_S = 600.0
 MAX_LINE_BYTES = 1 << 20
+PATHS = {"completions": "/completions", "chat": "/chat/completions"}
+# Where a chunk's text stands. A quote inside a JSON string is escaped, so none of these occurs in an answer.
+_MARKS = {"completions": (b'"text":',), "chat": (b'"content":', b'"reasoning_content":')}
+_NOTHING = (b'""', b"nu")
 
 
 @dataclass(slots=True)
@@ -26,7 +31,7 @@ class Sample:
 
     started: float
     ended: float = 0.0
-    arrivals: list[float] = field(default_factory=list)  # of each chunk that carries a choice
+    arrivals: list[float] = field(default_factory=list)  # of each chunk that carries a piece of the answer
     prompt_tokens: int = 0
     completion_tokens: int = 0
     error: str = ""
@@ -49,21 +54,26 @@ class BenchError(Exception):
     """The server did not answer as the API says; ends up in Sample.error."""
 
 
+class _Stale(Exception):
+    """A kept connection was closed before it said anything: the request may be sent again."""
+
+
 class Endpoint:
     """Where completions are asked for, and the parts of a request that never change."""
 
-    def __init__(self, url: str, api_key: str) -> None:
-        """Raises ValueError for something that is no http(s) URL."""
+    def __init__(self, url: str, api_key: str, kind: str = "completions") -> None:
+        """kind: completions or chat. Raises ValueError for something that is no http(s) URL."""
         parts = urlsplit(url if "://" in url else f"http://{url}")
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError(f"{url} is not an http URL")
+        self.kind = kind
         self.host = parts.hostname
         self.tls = ssl.create_default_context() if parts.scheme == "https" else None
         self.port = parts.port or (443 if self.tls else 80)
         prefix = parts.path.rstrip("/")
         self.base = prefix if prefix.endswith("/v1") else prefix + "/v1"
         key = f"Authorization: Bearer {api_key}\r\n" if api_key else ""
-        self._headers = f"Host: {parts.netloc}\r\n{key}Connection: close\r\n"
+        self._headers = f"Host: {parts.netloc}\r\n{key}"
 
     def get(self, path: str) -> bytes:
         return f"GET {self.base}{path} HTTP/1.1\r\n{self._headers}\r\n".encode()
@@ -75,120 +85,232 @@ class Endpoint:
         )
         return head.encode() + body
 
-    @contextlib.asynccontextmanager
-    async def send(self, request: bytes) -> AsyncIterator[tuple[int, AsyncIterator[bytes]]]:
-        """Status and the pieces of the body. Raises OSError, TimeoutError and BenchError."""
-        reader, writer = await asyncio.wait_for(
-            asyncio.open_connection(self.host, self.port, ssl=self.tls, limit=MAX_LINE_BYTES),
+    def request(self, model: str, prompt: list[int] | str, output_len: int) -> bytes:
+        """A streamed, greedy request for exactly output_len tokens: ids for completions, text for chat."""
+        asked = (
+            {"messages": [{"role": "user", "content": prompt}]} if self.kind == "chat" else {"prompt": prompt}
+        )
+        body = {
+            "model": model,
+            **asked,
+            "max_tokens": output_len,
+            "temperature": 0,
+            "ignore_eos": True,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+        return self.post(PATHS[self.kind], json.dumps(body).encode())
+
+
+class Client:
+    """Connections to one endpoint, kept between requests. For one event loop."""
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        self.endpoint = endpoint
+        self._idle: list[_Connection] = []
+
+    async def model_ids(self) -> list[str]:
+        """What the server lists. Raises OSError, TimeoutError and BenchError."""
+        status, body = await self._exchange(self.endpoint.get("/models"), None)
+        if status != 200:
+            raise BenchError(_message(status, body))
+        try:
+            return [str(item["id"]) for item in json.loads(body)["data"]]
+        except (ValueError, KeyError, TypeError) as error:
+            raise BenchError("the server's model list is not one") from error
+
+    async def complete(self, request: bytes) -> Sample:
+        """Sends what Endpoint.request made. Never raises for what a server does."""
+        sample = Sample(time.perf_counter())
+        try:
+            status, body = await self._exchange(request, sample)
+            if status != 200:
+                raise BenchError(_message(status, body))
+        except (OSError, TimeoutError, BenchError) as error:
+            sample.error = str(error) or type(error).__name__
+        sample.ended = sample.ended or time.perf_counter()
+        if not sample.error and not (sample.arrivals and sample.completion_tokens):
+            sample.error = "an answer without tokens or without usage"
+        return sample
+
+    def close(self) -> None:
+        for connection in self._idle:
+            connection.close()
+        self._idle.clear()
+
+    async def _exchange(self, request: bytes, sample: Sample | None) -> tuple[int, bytes]:
+        while True:
+            kept = self._idle.pop() if self._idle else None
+            connection = kept or await self._connect()
+            try:
+                answer = await connection.ask(request, sample, kept is not None)
+            except _Stale:
+                continue
+            except BaseException:
+                connection.close()
+                raise
+            if connection.reusable:
+                self._idle.append(connection)
+            else:
+                connection.close()
+            return answer
+
+    async def _connect(self) -> _Connection:
+        endpoint, loop = self.endpoint, asyncio.get_running_loop()
+        _, connection = await asyncio.wait_for(
+            loop.create_connection(
+                lambda: _Connection(loop, endpoint.kind), endpoint.host, endpoint.port, ssl=endpoint.tls
+            ),
             CONNECT_TIMEOUT_S,
         )
-        try:
-            writer.write(request)
-            async with asyncio.timeout(SILENCE_TIMEOUT_S):
-                status, chunked = await _head(reader)
-            yield status, _body(reader, chunked)
-        finally:
-            writer.close()
+        return connection
 
 
-async def _head(reader: asyncio.StreamReader) -> tuple[int, bool]:
-    try:
-        head = await reader.readuntil(b"\r\n\r\n")
-    except (asyncio.IncompleteReadError, asyncio.LimitOverrunError) as error:
-        raise BenchError("no HTTP answer") from error
-    first, *lines = head.split(b"\r\n")
-    words = first.split(b" ")
-    if len(words) < 2 or not words[1].isdigit():
-        raise BenchError("no HTTP answer")
-    chunked = any(line.lower().replace(b" ", b"") == b"transfer-encoding:chunked" for line in lines)
-    return int(words[1]), chunked
+class _Connection(asyncio.Protocol):
+    """One request at a time. The callbacks from on_header down are the parser's."""
 
+    def __init__(self, loop: asyncio.AbstractEventLoop, kind: str) -> None:
+        self._loop = loop
+        self._marks = _MARKS[kind]
+        self._transport: asyncio.Transport | None = None
+        self._answer: asyncio.Future[tuple[int, bytes]] | None = None
+        self._lost = False
+        self.reusable = False
 
-async def _body(reader: asyncio.StreamReader, chunked: bool) -> AsyncIterator[bytes]:
-    """The body as it arrives. Raises BenchError when it breaks off."""
-    while True:
-        async with asyncio.timeout(SILENCE_TIMEOUT_S):
-            if not chunked:
-                piece = await reader.read(65536)
-                if not piece:
-                    return
-                yield piece
-                continue
-            try:
-                size = int((await reader.readuntil(b"\r\n")).strip(), 16)
-                piece = await reader.readexactly(size + 2)
-            except (asyncio.IncompleteReadError, ValueError) as error:
-                raise BenchError("the body broke off") from error
-        if size == 0:
+    # ------------------------------------------------------------------------------- asyncio.Protocol
+    def connection_made(self, transport: Any) -> None:
+        self._transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        self._now = time.perf_counter()
+        self._heard = True
+        if self._answer is None or self._answer.done():
+            self.close()  # nobody asked
             return
-        yield piece[:-2]
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserError:
+            self._fail(BenchError("no HTTP answer" if not self._begun else "the body broke off"))
 
+    def connection_lost(self, error: Exception | None) -> None:
+        self._lost = True
+        self.reusable = False
+        if self._answer is None or self._answer.done():
+            return
+        if not self._heard:
+            self._fail(_Stale() if self._kept else error or BenchError("no HTTP answer"))
+        elif not self._begun:
+            self._fail(BenchError("no HTTP answer"))
+        elif self._framed and not self._done:
+            self._fail(BenchError("the body broke off"))
+        else:
+            self.on_message_complete()
 
-async def model_ids(endpoint: Endpoint) -> list[str]:
-    """What the server lists. Raises OSError, TimeoutError and BenchError."""
-    async with endpoint.send(endpoint.get("/models")) as (status, pieces):
-        body = b"".join([piece async for piece in pieces])
-    if status != 200:
-        raise BenchError(_message(status, body))
-    try:
-        return [str(item["id"]) for item in json.loads(body)["data"]]
-    except (ValueError, KeyError, TypeError) as error:
-        raise BenchError("the server's model list is not one") from error
+    def close(self) -> None:
+        self.reusable = False
+        if self._transport is not None:
+            self._transport.abort()
 
+    # ------------------------------------------------------------------------------------- a request
+    async def ask(self, request: bytes, sample: Sample | None, kept: bool) -> tuple[int, bytes]:
+        """Status and body; the body of a streamed 200 goes into the sample instead. Raises OSError,
+        TimeoutError, BenchError and, on a kept connection only, _Stale."""
+        if self._lost or self._transport is None:
+            raise _Stale
+        self._parser = httptools.HttpResponseParser(self)
+        self._sample, self._kept = sample, kept
+        self._heard = self._begun = self._framed = self._done = self.reusable = False
+        self._status, self._body, self._rest, self._blank = 0, b"", b"", 0.0
+        self._now = time.perf_counter()
+        self._answer = self._loop.create_future()
+        self._timer = self._loop.call_later(SILENCE_TIMEOUT_S, self._watch)
+        try:
+            self._transport.write(request)
+            return await self._answer
+        finally:
+            self._timer.cancel()
 
-async def complete(endpoint: Endpoint, model: str, prompt: list[int], output_len: int) -> Sample:
-    """One streamed, greedy completion of exactly output_len tokens. Never raises for what a server does."""
-    body = {
-        "model": model,
-        "prompt": prompt,
-        "max_tokens": output_len,
-        "temperature": 0,
-        "ignore_eos": True,
-        "stream": True,
-        "stream_options": {"include_usage": True},
-    }
-    request = endpoint.post("/completions", json.dumps(body).encode())
-    sample = Sample(time.perf_counter())
-    try:
-        async with endpoint.send(request) as (status, pieces):
-            if status != 200:
-                raise BenchError(_message(status, b"".join([piece async for piece in pieces])))
-            await _read_events(pieces, sample)
-    except (OSError, TimeoutError, BenchError) as error:
-        sample.error = str(error) or type(error).__name__
-    sample.ended = time.perf_counter()
-    if not sample.error and not (sample.arrivals and sample.completion_tokens):
-        sample.error = "an answer without tokens or without usage"
-    return sample
+    def _watch(self) -> None:
+        """Looks again when the silence would be too long: no timer is touched for a chunk."""
+        left = self._now + SILENCE_TIMEOUT_S - time.perf_counter()
+        if left <= 0:
+            self._fail(TimeoutError(f"silent for {SILENCE_TIMEOUT_S:.0f} s"))
+        else:
+            self._timer = self._loop.call_later(left, self._watch)
 
+    def _fail(self, error: Exception) -> None:
+        if self._answer is not None and not self._answer.done():
+            self._answer.set_exception(error)
 
-async def _read_events(pieces: AsyncIterator[bytes], sample: Sample) -> None:
-    """Notes when chunks come. Only the events that say something new are parsed as JSON."""
-    rest = b""
-    async for piece in pieces:
-        now = time.perf_counter()
-        *lines, rest = (rest + piece).split(b"\n")
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if name.lower() in (b"content-length", b"transfer-encoding"):
+            self._framed = True
+
+    def on_headers_complete(self) -> None:
+        self._begun = True
+        self._status = self._parser.get_status_code()
+
+    def on_body(self, body: bytes) -> None:
+        if self._sample is None or self._status != 200:
+            self._body += body
+        elif not self._done:
+            self._events(body, self._sample)
+
+    def on_message_complete(self) -> None:
+        if self._answer is None or self._answer.done():
+            return
+        if self._sample is not None and self._status == 200 and not self._done:
+            self._fail(BenchError("the stream ended without [DONE]"))
+            return
+        self.reusable = not self._lost and self._framed and self._parser.should_keep_alive()
+        self._answer.set_result((self._status, self._body))
+
+    # ---------------------------------------------------------------------------------- the event stream
+    def _events(self, piece: bytes, sample: Sample) -> None:
+        """Notes when chunks come. Only the events that say something new are parsed as JSON."""
+        *lines, self._rest = (self._rest + piece).split(b"\n")
         for line in lines:
-            if not line.startswith(b"data: "):
+            if line[:5] != b"data:":
                 continue
-            data = line[6:].strip()
-            if data == b"[DONE]":
+            if line[5:].strip() == b"[DONE]":
+                self._done = True
+                sample.ended = self._now
+                if not sample.arrivals and self._blank:
+                    sample.arrivals.append(self._blank)
                 return
-            if b'"usage":{' in data or b'"usage": {' in data or b'"error"' in data:
-                _read_summary(data, sample, now)
-            elif b'"text"' in data:
-                sample.arrivals.append(now)
-    raise BenchError("the stream ended without [DONE]")
+            if b'"usage":{' in line or b'"usage": {' in line or b'"error"' in line:
+                self._summary(line[5:], sample)
+            self._chunk(line, sample)
+        if len(self._rest) > MAX_LINE_BYTES:
+            self._fail(BenchError("an event without end"))
 
+    def _chunk(self, line: bytes, sample: Sample) -> None:
+        """An arrival, unless the chunk has no text for a good reason: it opens a message or closes it."""
+        for mark in self._marks:
+            place = line.find(mark)
+            if place < 0:
+                continue
+            value = line[place + len(mark) : place + len(mark) + 4].lstrip()
+            if not value.startswith(_NOTHING):
+                sample.arrivals.append(self._now)
+                return
+            ends = b'"finish_reason":"' in line or b'"finish_reason": "' in line
+            if ends:
+                self._blank = self._now
+            elif b'"role"' not in line:
+                sample.arrivals.append(self._now)
+                return
 
-def _read_summary(data: bytes, sample: Sample, now: float) -> None:
-    frame = json.loads(data)
-    if "error" in frame:
-        raise BenchError(str(frame["error"].get("message", "error frame")))
-    sample.prompt_tokens = frame["usage"]["prompt_tokens"]
-    sample.completion_tokens = frame["usage"]["completion_tokens"]
-    if frame.get("choices"):
-        sample.arrivals.append(now)
+    def _summary(self, data: bytes, sample: Sample) -> None:
+        try:
+            frame = json.loads(data)
+            if "error" in frame:
+                self._fail(BenchError(str(frame["error"].get("message", "error frame"))))
+            elif frame["usage"]:
+                sample.prompt_tokens = int(frame["usage"]["prompt_tokens"])
+                sample.completion_tokens = int(frame["usage"]["completion_tokens"])
+        except (ValueError, KeyError, TypeError, AttributeError):
+            self._fail(BenchError("an event that is not the API's"))
 
 
 def _message(status: int, body: bytes) -> str:

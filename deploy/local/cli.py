@@ -35,7 +35,7 @@ USAGE = {
     "tokenizer": " [MODEL]",
     "engine": " [MODEL]",
     "chat": "",
-    "bench": " serve|engine|kernels",
+    "bench": " serve|offline|step|frontend|suite|engine|kernels",
 }
 
 
@@ -190,27 +190,27 @@ def _chat(words: list[str]) -> int:
     return chat.run(_simple(parser, words, chat.ChatConfig))
 
 
-_BENCH_HELP = (
-    "serve: a running server, over HTTP; engine: a model shape on this device; kernels: this machine's (the "
-    "last two have options of their own)"
-)
+# `penstock bench NAME`: the module whose main(words) runs it. `serve` resolves a config, so it is not here.
+_BENCHES = {
+    "engine": "bench_engine",
+    "frontend": "bench_frontend",
+    "kernels": "bench_kernels",
+    "offline": "bench_offline",
+    "step": "bench_step",
+    "suite": "bench_suite",
+}
 
 
 def _bench(words: list[str]) -> int:
-    if words[:1] == ["kernels"]:
-        from penstock.local import bench_kernels
-
-        return bench_kernels.main(words[1:])
-    if words[:1] == ["engine"]:
-        from penstock.local import bench_engine
-
-        return bench_engine.main(words[1:])
+    if words and words[0] in _BENCHES:
+        return int(importlib.import_module(f"penstock.local.{_BENCHES[words[0]]}").main(words[1:]))
     from penstock.local import bench
     from penstock.protos import settings
 
     parser = _parser("bench")
-    parser.add_argument("what", choices=["serve"], help=_BENCH_HELP)
-    parser.add_argument("--json", dest="json_file", default=argparse.SUPPRESS, help="short for --json-file")
+    text = "serve, a running server over HTTP; the others have options of their own: bench engine --help"
+    parser.add_argument("what", choices=["serve", *_BENCHES], help=text)
+    parser.add_argument("--json", dest="output", default=argparse.SUPPRESS, help="the same as --output")
     text = "start `penstock serve` with this model (default: the bundled one), measure it, stop it"
     parser.add_argument("--spawn", nargs="?", const="", metavar="MODEL", default=argparse.SUPPRESS, help=text)
     settings.add_arguments(parser, bench.BenchConfig, skip=["spawn"])

@@ -13,6 +13,7 @@ import threading
 from typing import TextIO
 
 QUEUED_LINES = 10_000
+LINES_AT_ONCE = 256
 BAR_WIDTH = 24
 CLEAR = "\r\x1b[K"
 
@@ -89,6 +90,8 @@ class Relay:
         on_screen = False
         while (item := self._queue.get()) is not None:
             text, drawn = item
+            if not drawn:
+                text += self._more_lines()
             shown = (CLEAR if on_screen else "") + text + drawn
             on_screen = bool(drawn)
             try:
@@ -96,3 +99,12 @@ class Relay:
                 self._stream.flush()
             except (OSError, ValueError):
                 continue  # the terminal is gone; children go on
+
+    def _more_lines(self) -> str:
+        """The lines that wait behind one, to be written with it; those below which a bar is drawn stay."""
+        lines: list[str] = []
+        with self._queue.mutex:
+            waiting = self._queue.queue
+            while waiting and len(lines) < LINES_AT_ONCE and waiting[0] is not None and not waiting[0][1]:
+                lines.append(waiting.popleft()[0])
+        return "".join(lines)

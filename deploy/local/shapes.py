@@ -103,6 +103,28 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
     "qwen3-8b": {**_QWEN3, **_sizes(4096, 12288, 36, 32, 8), "tie_word_embeddings": False},
     "qwen3-0.6b": {**_QWEN3, **_sizes(1024, 3072, 28, 16, 8), "tie_word_embeddings": True},
+    # Small enough for any CPU, and wide enough that memory is what limits it: no published model.
+    "llama-160m": {
+        **_LLAMA,
+        **_sizes(768, 2048, 12, 12, 4),
+        "vocab_size": 32000,
+        "rope_theta": 10000.0,
+        "max_position_embeddings": 4096,
+        "tie_word_embeddings": False,
+        "bos_token_id": 0,
+        "eos_token_id": 2,
+    },
+    # Next to no model behind a vocabulary of the usual size: what is left is the server's own work.
+    "tiny-32k": {
+        **_LLAMA,
+        **_sizes(128, 256, 2, 4, 2),
+        "vocab_size": 32000,
+        "rope_theta": 10000.0,
+        "max_position_embeddings": 2048,
+        "tie_word_embeddings": False,
+        "bos_token_id": 0,
+        "eos_token_id": 2,
+    },
     # For trying a benchmark out: no published model.
     "tiny": {
         **_QWEN2,
@@ -132,6 +154,19 @@ def write_config(folder: Path, config: dict[str, Any]) -> Path:
     """Writes config.json, all that the engine reads of a folder with dummy weights."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    return folder
+
+
+def write_weights(folder: Path) -> Path:
+    """Writes random weights of the folder's config.json, in its dtype, as a training library would begin."""
+    import torch
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    config = transformers.AutoConfig.from_pretrained(folder)
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(folder)
     return folder
 
 

@@ -63,6 +63,16 @@ def spawned(
             process.stderr.close()
 
 
+@contextlib.contextmanager
+def sigterm_unwinds() -> Iterator[None]:
+    """Inside, SIGTERM leaves like Ctrl-C does, through every with block: nothing that was started stays."""
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def _wait(
     process: subprocess.Popen[str],
     lines: list[str],

@@ -13,7 +13,8 @@ from typing import Protocol
 
 from penstock.frontend.accounting import Accounting
 from penstock.frontend.errors import internal_error
-from penstock.frontend.generation import Delta, Handle, Usage
+from penstock.frontend.generation import Delta, OnText, Usage
+from penstock.frontend.handle import Handle
 from penstock.frontend.logprobs import TokenLogprob
 from penstock.frontend.sse import DONE, SseStream, error_frames
 from penstock.protos.errors import ApiError
@@ -24,7 +25,15 @@ PromptLogprobs = Sequence[TokenLogprob | None] | None
 
 
 class Frames(Protocol):
-    """The wire form of one endpoint's chunks; each method returns whole frames, or b""."""
+    """The wire form of one endpoint's chunks; each method returns whole frames, or b"".
+
+    plain: a delta that is text and nothing else depends on that text alone, and may go through `text`.
+    """
+
+    plain: bool
+
+    def text(self, choice: int, text: str) -> bytes:
+        """A plain delta, whose text is not empty; what it comes to may be b""."""
 
     def opening(self, prompt: int, prompt_logprobs: PromptLogprobs) -> bytes:
         """Before the first delta of a prompt's choices."""
@@ -84,6 +93,10 @@ class _Answer:
 
     def delta(self, prompt: int, delta: Delta) -> None:
         raise NotImplementedError
+
+    def text_writer(self, prompt: int) -> OnText | None:
+        """The short way for plain deltas of a prompt's choices, where there is one."""
+        return None
 
     def fail(self, error: ApiError) -> None:
         raise NotImplementedError
@@ -163,6 +176,25 @@ class StreamAnswer(_Answer):
             self._stream.finish(data + self._frames.closing(self.accounting.total()) + DONE)
         elif data:
             self._stream.write(data)
+
+    def text_writer(self, prompt: int) -> OnText | None:
+        if self._usage_on_every_chunk or not self._frames.plain:
+            return None
+        first = prompt * self._n
+        encode, write, count = self._frames.text, self._stream.write, self.accounting.tokens
+        handles = self.handles
+
+        def on_text(choice: int, text: str) -> None:
+            if self.finished:
+                return
+            if not self._opened[prompt]:
+                self._open(prompt, None)
+            count(prompt, first + choice, handles[prompt].usage)
+            data = encode(first + choice, text)
+            if data:
+                write(data)
+
+        return on_text
 
     def fail(self, error: ApiError) -> None:
         try:

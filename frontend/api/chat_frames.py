@@ -18,6 +18,7 @@ class ChatFrames:
 
     def __init__(self, identity: Identity) -> None:
         self._identity = identity
+        self.plain = not (identity.with_logprobs or identity.with_token_ids)
         self._head = orjson.dumps(
             {
                 "id": identity.id,
@@ -32,6 +33,9 @@ class ChatFrames:
             for index in range(identity.n)
         ]
         self._suffix = b'},"logprobs":null,"finish_reason":null}]' + usage + b"}\n\n"
+
+    def text(self, choice: int, text: str) -> bytes:
+        return self._prefixes[choice] + orjson.dumps(text) + self._suffix
 
     def opening(self, prompt: int, prompt_logprobs: PromptLogprobs) -> bytes:
         shown: dict[str, Any] = {}
@@ -48,15 +52,8 @@ class ChatFrames:
         return b"".join(frames)
 
     def delta(self, choice: int, delta: Delta, total: Usage | None) -> bytes:
-        if (
-            delta.finish_reason is None
-            and total is None
-            and not self._identity.with_logprobs
-            and not self._identity.with_token_ids
-        ):
-            if not delta.text:
-                return b""
-            return self._prefixes[choice] + orjson.dumps(delta.text) + self._suffix
+        if delta.finish_reason is None and total is None and self.plain:
+            return self.text(choice, delta.text) if delta.text else b""
         return self._rich(choice, delta, total)
 
     def closing(self, total: Usage) -> bytes:

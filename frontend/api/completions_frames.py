@@ -18,6 +18,8 @@ class CompletionFrames:
 
     def __init__(self, identity: Identity, num_prompts: int) -> None:
         self._identity = identity
+        # The effective parameters are shown once, on whichever chunk is the first.
+        self.plain = not (identity.with_logprobs or identity.with_token_ids or identity.effective is not None)
         self._head = orjson.dumps(
             {
                 "id": identity.id,
@@ -36,6 +38,9 @@ class CompletionFrames:
         self._offsets = [TextOffsets(identity.hides_special) for _ in range(num_choices)]
         self._first = [True] * num_choices
         self._effective_shown = identity.effective is None
+
+    def text(self, choice: int, text: str) -> bytes:
+        return self._prefixes[choice] + orjson.dumps(text) + self._suffix
 
     def opening(self, prompt: int, prompt_logprobs: PromptLogprobs) -> bytes:
         """The prompt, where it is to be shown, in front of each of its choices."""
@@ -61,17 +66,8 @@ class CompletionFrames:
         return b"".join(frames)
 
     def delta(self, choice: int, delta: Delta, total: Usage | None) -> bytes:
-        identity = self._identity
-        if (
-            delta.finish_reason is None
-            and total is None
-            and self._effective_shown
-            and not identity.with_logprobs
-            and not identity.with_token_ids
-        ):
-            if not delta.text:
-                return b""
-            return self._prefixes[choice] + orjson.dumps(delta.text) + self._suffix
+        if delta.finish_reason is None and total is None and self.plain:
+            return self.text(choice, delta.text) if delta.text else b""
         return self._rich(choice, delta, total)
 
     def closing(self, total: Usage) -> bytes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, cast
 
 from pydantic import Discriminator, Field, Tag
 
@@ -80,6 +80,5 @@ class CompletionRequest(GenerationRequest):
     @property
     def id_lists(self) -> list[list[int]]:
         """The prompts when they are token ids."""
-        if isinstance(self.prompt, list) and isinstance(self.prompt[0], list):
-            return [p for p in self.prompt if isinstance(p, list)]
-        return [[p for p in self.prompt if isinstance(p, int)]]
+        lists = self.prompt if isinstance(self.prompt[0], list) else [self.prompt]
+        return cast("list[list[int]]", lists)  # of one shape, as validated

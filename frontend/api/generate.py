@@ -21,7 +21,8 @@ from penstock.frontend.best_of import BestOf
 from penstock.frontend.context import Context
 from penstock.frontend.errors import in_api_names, printable, unsupported, validation_error
 from penstock.frontend.exchange import Exchange
-from penstock.frontend.generation import Handle, Listener, submit
+from penstock.frontend.generation import Listener, OnText, submit
+from penstock.frontend.handle import Handle
 from penstock.protos import engine_pb2, log
 from penstock.protos.errors import ApiError
 
@@ -116,7 +117,8 @@ async def _answer_whole(
 
 async def _run(exchange: Exchange, context: Context, plan: Plan, whole: WholeAnswer) -> None:
     await _start(exchange, context, plan, whole)
-    await _start_rest(exchange, context, plan, whole)
+    if len(plan.prompts) > MAX_IN_FLIGHT:
+        await _start_rest(exchange, context, plan, whole)
     # Bounded by the request's deadline, by the engine's silence limit, and by the output limit.
     await whole.done
 
@@ -125,7 +127,7 @@ async def _answer_stream(
     exchange: Exchange, context: Context, plan: Plan, accounting: Accounting, frames: Frames
 ) -> None:
     options = plan.request.stream_options
-    stream = exchange.stream(context.stream_limits)
+    stream = exchange.stream(context.stream_limits, context.writes)
     streamed = StreamAnswer(
         accounting,
         len(plan.prompts),
@@ -140,12 +142,10 @@ async def _answer_stream(
     try:
         await exchange.while_connected(_start(exchange, context, plan, streamed))
         await exchange.start_stream(stream)
-        rest = asyncio.create_task(_start_rest(exchange, context, plan, streamed))
-        try:
+        if len(plan.prompts) <= MAX_IN_FLIGHT:
             await exchange.disconnected()
-        finally:
-            rest.cancel()
-            await asyncio.gather(rest, return_exceptions=True)
+        else:
+            await _stream_rest(exchange, context, plan, streamed)
     except ApiError as error:
         _note(streamed, error)
         raise
@@ -157,6 +157,15 @@ async def _answer_stream(
         streamed.close()
 
 
+async def _stream_rest(exchange: Exchange, context: Context, plan: Plan, streamed: StreamAnswer) -> None:
+    rest = asyncio.create_task(_start_rest(exchange, context, plan, streamed))
+    try:
+        await exchange.disconnected()
+    finally:
+        rest.cancel()
+        await asyncio.gather(rest, return_exceptions=True)
+
+
 async def _start(
     exchange: Exchange, context: Context, plan: Plan, listening: StreamAnswer | WholeAnswer
 ) -> None:
@@ -164,12 +173,10 @@ async def _start(
     refusal."""
     for prompt in range(min(len(plan.prompts), MAX_IN_FLIGHT)):
         await _submit(exchange, context, plan, listening, prompt)
-    async with asyncio.TaskGroup() as group:
-        waits = [group.create_task(_refusal(handle, plan)) for handle in listening.handles]
-    if listening.error is not None:  # one that was admitted has already failed, or the server shuts down
-        raise listening.error
-    for wait in waits:
-        error = None if wait.cancelled() else wait.result()
+    for handle in listening.handles:  # all are at the engine already: waiting side by side would gain nothing
+        error = await _refusal(handle, plan)
+        if listening.error is not None:  # one that was admitted has already failed, or the server shuts down
+            raise listening.error
         if error is not None:
             raise error
 
@@ -198,16 +205,19 @@ async def _submit(
     exchange: Exchange, context: Context, plan: Plan, listening: StreamAnswer | WholeAnswer, prompt: int
 ) -> Handle:
     listener: Listener = listening.listeners[prompt]
+    on_text: OnText | None = listening.text_writer(prompt)
     if plan.engine_requests[prompt].n > plan.n:
         shows = plan.alternatives is not None
         count = num_candidates(plan.request)
         listener = BestOf(listener, plan.n, count, shows_logprobs=shows, on_chosen=plan.on_chosen)
+        on_text = None
     handle = await submit(
         context.services,
         plan.model,
         _constrained(plan, prompt),
         plan.options,
         listener,
+        on_text=on_text,
         timeout_s=remaining(exchange, plan.timeout_s),
     )
     listening.handles.append(handle)

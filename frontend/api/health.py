@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib import metadata
 
-from penstock.frontend.context import Context, shutting_down
+from penstock.frontend.context import Context
 from penstock.frontend.engine_metrics import with_engine_metrics
 from penstock.frontend.exchange import Exchange
 
@@ -18,7 +18,9 @@ async def livez(exchange: Exchange, context: Context) -> None:
 
 async def readyz(exchange: Exchange, context: Context) -> None:
     """503 with the reason until a model can be served, and while draining."""
-    reason = shutting_down() if context.draining else context.services.unready()
+    reason = context.unready()
+    if reason is None and context.peers is not None:
+        reason = await context.peers.unready()
     if reason is not None:
         raise reason
     await exchange.respond_json({"status": "ok"})
@@ -29,5 +31,9 @@ async def version(exchange: Exchange, context: Context) -> None:
 
 
 async def metrics(exchange: Exchange, context: Context) -> None:
-    text = await with_engine_metrics(context.metrics.text(), context.metrics_sources)
+    shown = context.metrics
+    if context.peers is not None:
+        reports = [context.report(), *await context.peers.reports()]
+        shown = shown.summed([report["metrics"] for report in reports], [report["pid"] for report in reports])
+    text = await with_engine_metrics(shown.text(), context.metrics_sources)
     await exchange.respond(200, text, _METRICS_TYPE)

@@ -229,16 +229,16 @@ async def test_a_bug_in_mid_stream_is_told_and_ends_the_engine_work(
 ) -> None:
     from penstock.frontend.api.chat_frames import ChatFrames
 
-    plain = ChatFrames.delta
+    plain = ChatFrames.text
     seen = []
 
-    def delta(self: Any, *arguments: Any) -> bytes:
+    def text(self: Any, *arguments: Any) -> bytes:
         seen.append(1)
         if len(seen) == 3:
             raise RuntimeError("/secret")
         return plain(self, *arguments)
 
-    monkeypatch.setattr(ChatFrames, "delta", delta)
+    monkeypatch.setattr(ChatFrames, "text", text)
     answer = await served.chat(stream=True, max_tokens=1000)
     *_, error, done = tools.parse_events(answer.text)
     assert done == "[DONE]"

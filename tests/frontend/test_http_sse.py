@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from penstock.frontend.sse import KEEP_ALIVE, SseStream, StreamLimits
+from penstock.frontend.sse import KEEP_ALIVE, SseStream, StreamLimits, WriteBatch
 
 
 class Link:
@@ -35,6 +35,9 @@ class Link:
     def abort(self) -> None:
         self.aborted = True
 
+    def write_chunk(self, data: bytes) -> None:
+        self.sent.append(data)
+
     async def send(self, message: dict[str, Any]) -> None:
         if self.write_paused:
             await self._writable.wait()
@@ -48,18 +51,23 @@ class Link:
 
 
 def open_stream(link: Link, connected: bool = True, **limits: Any) -> SseStream:
-    return SseStream(link.send, link if connected else None, StreamLimits(**limits))  # type: ignore[arg-type]
+    writes = limits.pop("writes", None) or WriteBatch()
+    return SseStream(link.send, link if connected else None, StreamLimits(**limits), writes)  # type: ignore[arg-type]
 
 
-async def test_writes_go_out_at_once() -> None:
+async def test_writes_go_out_within_a_turn_of_the_loop() -> None:
     link = Link()
     stream = open_stream(link)
     await stream.start([])
     stream.write(b"a")
+    assert link.sent == []
+    await asyncio.sleep(0)
+    assert link.sent == [b"a"]
     stream.write(b"b")
-    assert link.sent == [b"a", b"b"]  # without a turn of the loop
     stream.finish(b"c")
-    assert (link.text, link.ended) == (b"abc", True)
+    assert (link.sent, link.ended) == ([b"a", b"bc"], True)  # an end does not wait
+    await asyncio.sleep(0)
+    assert link.sent == [b"a", b"bc"]
     assert await stream.ended()
     stream.write(b"late")
     stream.finish(b"late")
@@ -128,6 +136,7 @@ async def test_the_buffer_is_bounded() -> None:
     written = 0
     while not link.aborted:
         stream.write(b"x" * 10_000)
+        await asyncio.sleep(0)
         written += 10_000
         assert written < 1.2 * (1 << 20)
     assert written > 1 << 20
@@ -144,10 +153,12 @@ async def test_comments_only_in_silence() -> None:
         stream.tick()
         stream.tick()
         stream.write(b"x")
+    await asyncio.sleep(0)
     assert link.text == b"xx"
     stream.tick()
     stream.tick()
     stream.tick()
+    await asyncio.sleep(0)
     assert link.text == b"xx" + KEEP_ALIVE
     stream.finish(b"")
     for _ in range(9):
@@ -176,8 +187,42 @@ async def test_a_failing_send_ends_the_stream() -> None:
         if message["type"] == "http.response.body":
             raise RuntimeError("broken")
 
-    stream = SseStream(send, link, StreamLimits())  # type: ignore[arg-type]
+    stream = SseStream(send, link, StreamLimits(), WriteBatch())  # type: ignore[arg-type]
+    link.pause()  # so that a task writes it
     stream.write(b"held")
     await stream.start([])
     assert not await stream.ended()
     assert link.aborted
+
+
+async def test_a_turn_makes_one_chunk_and_writes_in_order() -> None:
+    writes = WriteBatch()
+    links = [Link() for _ in range(WriteBatch.SIZE + 3)]
+    streams = [open_stream(link, writes=writes) for link in links]
+    for stream in streams:
+        await stream.start([])
+    for stream in streams:
+        stream.write(b"a")
+    assert [len(link.sent) for link in links] == [1] * WriteBatch.SIZE + [0] * 3  # none waits for very many
+    await asyncio.sleep(0)
+    assert [link.sent for link in links] == [[b"a"]] * len(links)
+    for stream in streams[:3]:
+        stream.write(b"b")
+        stream.write(b"c")
+    await asyncio.sleep(0)
+    assert [link.sent for link in links[:3]] == [[b"a", b"bc"]] * 3
+
+
+async def test_a_write_that_fails_cuts_one_stream_of_a_batch() -> None:
+    class Broken(Link):
+        def write_chunk(self, data: bytes) -> None:
+            raise RuntimeError("broken")
+
+    writes = WriteBatch()
+    bad, good = Broken(), Link()
+    for link in (bad, good):
+        stream = open_stream(link, writes=writes)
+        await stream.start([])
+        stream.write(b"a")
+    await asyncio.sleep(0)
+    assert (bad.aborted, good.aborted, good.sent) == (True, False, [b"a"])

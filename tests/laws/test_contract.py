@@ -56,7 +56,7 @@ def test_the_contract_has_every_rpc() -> None:
     engine = {m.name for m in engine_pb2.DESCRIPTOR.services_by_name["Engine"].methods}
     assert engine == {"Generate", "Multiplex", "Embed", "Score", "GetInfo", "GetLoad", "WatchLoad", "Abort"}
     tokenizer = {m.name for m in tokenizer_pb2.DESCRIPTOR.services_by_name["Tokenizer"].methods}
-    assert tokenizer == {"Render", "Encode", "Decode", "GetTokenizer", "GetInfo"}
+    assert tokenizer == {"Render", "Encode", "Multiplex", "Decode", "GetTokenizer", "GetInfo"}
 
 
 def test_no_any_and_no_struct_in_the_contract() -> None:

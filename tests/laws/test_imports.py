@@ -14,7 +14,7 @@ CORE = {"torch", "safetensors", "numpy", "msgspec", "llguidance", "tokenizers"}
 
 # room -> third-party packages it may import, and the rooms of ours
 RULES: dict[str, tuple[set[str], set[str]]] = {
-    "protos": (SERVER | {"pydantic", "pydantic_settings", "yaml"}, {"protos"}),
+    "protos": (SERVER | {"pydantic", "pydantic_settings", "yaml", "uvloop"}, {"protos"}),
     "kernels": ({"torch", "triton"}, {"kernels"}),
     "engine_service/core": (CORE, {"kernels", "engine_service"}),
     "engine_service/models": (CORE, {"kernels", "engine_service"}),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 
@@ -29,7 +30,7 @@ def test_a_dummy_shape_runs_on_both_sides(tmp_path: Path) -> None:
     result = baselines.Baseline(folder, threads=1).measure(batch=2, input_len=16, output_len=4)
     assert result.batch == 2
     assert result.tokens_per_s > 0
-    assert result.step_ms > 0
+    assert math.isfinite(result.step_ms)  # a difference of two times: on a busy machine of any sign
 
 
 def test_the_large_shape_has_the_published_size(tmp_path: Path) -> None:

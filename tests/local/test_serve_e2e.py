@@ -168,7 +168,7 @@ def test_bench_counts_by_usage(server: Spawned, tmp_path: Path) -> None:
             env={**_environ(), "VLLM_API_KEY": KEY},
         )
         assert done.returncode == 0, done.stdout + done.stderr
-        result = json.loads(report.read_text())
+        [result] = json.loads(report.read_text())["levels"]
         assert (result["requests"], result["failures"]) == (6, 0)
         assert (result["prompt_tokens"], result["completion_tokens"]) == (6 * 9, 6 * 7)
         assert 0 < result["ttft_ms"]["p50"] <= result["e2e_ms"]["p50"]

@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from penstock.protos import common_pb2, tokenizer_pb2, tokenizer_pb2_grpc
 from penstock.protos.errors import ApiError
 from penstock.protos.serving import GrpcService
+from penstock.tokenizer_service.multiplex import CallStream
 
 SERVICE = "penstock.v1.Tokenizer"
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -149,6 +150,18 @@ class FakeTokenizer(tokenizer_pb2_grpc.TokenizerServicer):
             tokens = found.tokens if request.return_tokens else []
             response.encodings.append(tokenizer_pb2.Encoding(ids=ids, tokens=tokens))
         return response
+
+    async def Multiplex(
+        self, requests: AsyncIterator[tokenizer_pb2.TokenizerCalls], context: grpc.aio.ServicerContext
+    ) -> None:
+        self.calls.append("Multiplex")
+        await context.send_initial_metadata(())
+        stream = CallStream(
+            lambda request: self.Render(request, context),
+            lambda request: self.Encode(request, context),
+            context.write,
+        )
+        await stream.run(requests)
 
     async def Decode(
         self, request: tokenizer_pb2.DecodeRequest, context: grpc.aio.ServicerContext
