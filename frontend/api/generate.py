@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from penstock.frontend.accounting import Accounting
 from penstock.frontend.api.answer import Frames, StreamAnswer, WholeAnswer
-from penstock.frontend.api.constraint import attach
+from penstock.frontend.api.constraint import constrained
 from penstock.frontend.api.generation_request import GenerationRequest, ignored_header, refuse_unserved
 from penstock.frontend.api.identity import Identity
 from penstock.frontend.api.plan import Plan, remaining
@@ -23,7 +23,7 @@ from penstock.frontend.errors import in_api_names, printable, unsupported, valid
 from penstock.frontend.exchange import Exchange
 from penstock.frontend.generation import Listener, OnText, submit
 from penstock.frontend.handle import Handle
-from penstock.protos import engine_pb2, log
+from penstock.protos import log
 from penstock.protos.errors import ApiError
 
 # Engine requests of one HTTP request at a time: a long list of prompts must not fill the engine's queue.
@@ -214,7 +214,7 @@ async def _submit(
     handle = await submit(
         context.services,
         plan.model,
-        _constrained(plan, prompt),
+        constrained(plan.engine_requests[prompt], plan.asked),
         plan.options,
         listener,
         on_text=on_text,
@@ -222,18 +222,6 @@ async def _submit(
     )
     listening.handles.append(handle)
     return handle
-
-
-def _constrained(plan: Plan, prompt: int) -> engine_pb2.GenerateRequest:
-    """The engine request of a prompt. The constraint comes in only now: of a megabyte there shall not be a
-    copy for every prompt of a list."""
-    made = plan.engine_requests[prompt]
-    if plan.asked is None:
-        return made
-    copy = engine_pb2.GenerateRequest()
-    copy.CopyFrom(made)
-    attach(copy, plan.asked.constraint)
-    return copy
 
 
 async def _cut_if_refused(handle: Handle, plan: Plan, listening: StreamAnswer | WholeAnswer) -> None:
