@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from penstock.frontend.accounting import Accounting
 from penstock.frontend.api.answer import Frames, StreamAnswer, WholeAnswer
+from penstock.frontend.api.constraint import Asked, asked_constraint, attach
 from penstock.frontend.api.generation_request import GenerationRequest, ignored_header, refuse_unserved
 from penstock.frontend.api.identity import Identity
 from penstock.frontend.catalog import Model
@@ -56,6 +57,7 @@ class Plan:
     effective: Chosen
     timeout_s: float | None
     prompt_param: str  # the endpoint's field that the prompts came from
+    asked: Asked | None = None  # the form of every answer
 
     @property
     def n(self) -> int:
@@ -163,7 +165,17 @@ async def make_plan(
         logprobs=alternatives,
         keep_token_ids=bool(request.return_token_ids),
     )
-    return Plan(model, request, prompts, engine_requests, options, chosen, timeout_s, prompt_param)
+    return Plan(
+        model,
+        request,
+        prompts,
+        engine_requests,
+        options,
+        chosen,
+        timeout_s,
+        prompt_param,
+        asked_constraint(request),
+    )
 
 
 def _check_prompt_logprobs(request: GenerationRequest, prompts: list[list[int]]) -> None:
@@ -349,7 +361,7 @@ async def _submit(
     handle = await submit(
         context.services,
         plan.model,
-        plan.engine_requests[prompt],
+        _constrained(plan, prompt),
         plan.options,
         listening.listeners[prompt],
         on_text=listening.text_writer(prompt),
@@ -357,6 +369,18 @@ async def _submit(
     )
     listening.handles.append(handle)
     return handle
+
+
+def _constrained(plan: Plan, prompt: int) -> engine_pb2.GenerateRequest:
+    """The engine request of a prompt. The constraint comes in only now: of a megabyte there shall not be a
+    copy for every prompt of a list."""
+    made = plan.engine_requests[prompt]
+    if plan.asked is None:
+        return made
+    copy = engine_pb2.GenerateRequest()
+    copy.CopyFrom(made)
+    attach(copy, plan.asked.constraint)
+    return copy
 
 
 async def _cut_if_refused(handle: Handle, plan: Plan, listening: StreamAnswer | WholeAnswer) -> None:
@@ -369,7 +393,7 @@ async def _refusal(handle: Handle, plan: Plan) -> ApiError | None:
     try:
         await handle.admitted()
     except ApiError as error:
-        return in_api_names(error, plan.prompt_param)
+        return in_api_names(error, plan.prompt_param, None if plan.asked is None else plan.asked.param)
     return None
 
 

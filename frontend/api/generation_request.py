@@ -12,6 +12,14 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator
 
+from penstock.frontend.api.constraint_request import (
+    Choices,
+    JsonSource,
+    Pattern,
+    ResponseFormat,
+    StructuredOutputs,
+    Whitespace,
+)
 from penstock.frontend.errors import printable, unsupported
 from penstock.protos.errors import ApiError
 
@@ -85,6 +93,17 @@ class GenerationRequest(StrictModel):
     request_id: str | None = Field(None, min_length=1, max_length=128, pattern=r"^[!-~]+$")
     return_token_ids: bool | None = None
     return_effective_params: bool | None = Field(None, description="echo the sampling values used")
+    # The form of the answer: at most one of them.
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    structural_tag: JsonSource | None = None
+    guided_json: JsonSource | None = Field(None, description="a JSON schema")
+    guided_regex: Pattern | None = None
+    guided_choice: Choices | None = None
+    guided_grammar: Pattern | None = Field(None, description="Lark or EBNF")
+    guided_json_object: bool | None = None
+    guided_whitespace_pattern: Whitespace | None = Field(None, description="between the parts of JSON")
+    guided_decoding_backend: str | None = Field(None, max_length=64, description="no effect")
     # Known to clients of the OpenAI API, without an effect on what is generated here.
     user: str | None = None
     metadata: dict[str, Any] | None = None
@@ -129,6 +148,9 @@ class GenerationRequest(StrictModel):
         names = [name for name in self.model_extra or {} if name not in self.unserved]
         if self.stream_options is not None:
             names += [f"stream_options.{name}" for name in self.stream_options.model_extra or {}]
+        for part in ("response_format", "structured_outputs"):
+            value = getattr(self, part)
+            names += [f"{part}.{name}" for name in (value.model_extra if value is not None else None) or {}]
         return names
 
     def check(self) -> None:
@@ -168,18 +190,6 @@ UNSERVED: dict[str, Callable[[Any], bool]] = {
     "use_beam_search": off,
     "length_penalty": one_of(1, 1.0),
     "early_stopping": off,
-    "response_format": lambda value: (
-        value is None or (isinstance(value, dict) and value.get("type") == "text")
-    ),
-    "structured_outputs": empty,
-    "guided_json": absent,
-    "guided_regex": absent,
-    "guided_choice": absent,
-    "guided_grammar": absent,
-    "guided_json_object": off,
-    "guided_decoding_backend": absent,
-    "guided_whitespace_pattern": absent,
-    "structural_tag": absent,
     "logprob_token_ids": empty,
     "logits_processors": empty,
     "prompt_embeds": absent,
