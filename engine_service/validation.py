@@ -10,7 +10,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from penstock.engine_service.core.messages import AddRequest, Ready, Sampling
+from penstock.engine_service.constraint_source import MAX_STARTS_AFTER, constraint_source
+from penstock.engine_service.core.messages import AddRequest, ConstraintSource, Ready, Sampling
 from penstock.protos import engine_pb2 as pb
 from penstock.protos.errors import ApiError
 
@@ -73,6 +74,16 @@ class Validator:
             queue_deadline_us=_after(now_us, self._queue_timeout(request.scheduling)),
             deadline_us=_after(now_us, timeout_us),
         )
+
+    def constraint(self, request: pb.GenerateRequest) -> ConstraintSource | None:
+        """What a request's constraint is to be made of. Raises ApiError."""
+        if not request.HasField("constraint"):
+            return None
+        if "constraints" not in self.ready.capabilities:
+            raise _unserved("constraint")
+        after = request.constraint.starts_after
+        self._ids(after, "constraint.starts_after", MAX_STARTS_AFTER)
+        return constraint_source(request.constraint)
 
     def _check_model(self, model: str) -> None:
         if model and model not in self.models:
@@ -172,9 +183,8 @@ def _refuse_unserved(request: pb.GenerateRequest) -> None:
     for name in ("media", "kv_transfer"):
         if getattr(request, name):
             raise _unserved(name)
-    for name in ("constraint", "beam_search"):
-        if request.HasField(name):
-            raise _unserved(name)
+    if request.HasField("beam_search"):
+        raise _unserved("beam_search")
     if request.scheduling.tenant:
         raise _unserved("scheduling.tenant")
     if request.scheduling.HasField("weight"):

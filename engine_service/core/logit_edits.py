@@ -17,6 +17,7 @@ from penstock.engine_service.core.penalties import TokenCounts
 from penstock.kernels import sampling
 
 Ids = NDArray[np.int64]
+Mask = NDArray[np.int32]  # a bit per token, bit i % 32 of word i // 32; 0 forbids it
 
 
 @dataclass(slots=True, frozen=True)
@@ -38,6 +39,7 @@ class LogitEdits:
     bias: NDArray[np.float32]
     allowed: Ids  # empty: all
     banned: Ids
+    mask: Mask | None = None  # of a constraint
 
 
 def apply_edits(logits: Tensor, edits: Sequence[tuple[int, LogitEdits]]) -> None:
@@ -50,9 +52,23 @@ def apply_edits(logits: Tensor, edits: Sequence[tuple[int, LogitEdits]]) -> None
     limited, ids = _elements(edits, lambda edit: edit.allowed)
     if ids.size:
         sampling.allow_only(logits, *_on(logits.device, limited, ids))
+    _apply_masks(logits, [(row, edit.mask) for row, edit in edits if edit.mask is not None])
     banned, ids = _elements(edits, lambda edit: edit.banned)
     if ids.size:
         sampling.ban(logits, *_on(logits.device, banned, ids))
+
+
+def _apply_masks(logits: Tensor, masks: list[tuple[int, Mask]]) -> None:
+    if not masks:
+        return
+    if logits.device.type != "cpu":
+        words = np.stack([mask for _, mask in masks])
+        rows = np.array([row for row, _ in masks], np.int64)
+        sampling.apply_bitmask(logits[:, : 32 * words.shape[1]], *_on(logits.device, words, rows))
+        return
+    for row, mask in masks:
+        forbidden = np.unpackbits(~mask.view(np.uint8), bitorder="little").view(np.bool_)
+        logits[row, : len(forbidden)].masked_fill_(torch.from_numpy(forbidden), -torch.inf)
 
 
 def _penalise(logits: Tensor, penalties: list[tuple[int, Penalties]]) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 # Finish codes of a choice, equal to penstock.v1.FinishReason.
 RUNNING = 0
@@ -75,6 +76,26 @@ class Configure:
     lookahead: bool = True  # on CUDA, start a step before the one before it is done
 
 
+@dataclass(slots=True, frozen=True)
+class ConstraintSource:
+    """What the output must follow, as the caller put it. kind: json_schema, json_object, regex, choice,
+    grammar or structural_tag. text: the source; a JSON array for choice, nothing for json_object.
+    whitespace_pattern: between the parts of JSON; empty allows none."""
+
+    kind: str
+    text: str = ""
+    whitespace_pattern: str | None = None
+
+
+@dataclass(slots=True, frozen=True)
+class Constraint:
+    """A grammar that has been found to compile. With starts_after it begins behind the first occurrence of
+    those ids in the output; until then the output is free but cannot end."""
+
+    grammar: str
+    starts_after: list[int] = field(default_factory=list)
+
+
 @dataclass(slots=True)
 class AddRequest:
     """A new request. `id` is the server's own, unique for the life of the core."""
@@ -95,6 +116,16 @@ class AddRequest:
     arrival_us: int = 0  # monotonic clock; same clock in server and core (CLOCK_MONOTONIC)
     queue_deadline_us: int = 0  # monotonic; 0: none. Unscheduled by then: queue_timeout
     deadline_us: int = 0  # monotonic; 0: none. Unfinished by then: timeout
+    constraint: Constraint | None = None
+
+
+@dataclass(slots=True)
+class Prepared:
+    """Within the core: the compiled grammar of a request that is held, or why there is none."""
+
+    id: int
+    grammar: Any = None
+    error: RequestError | None = None
 
 
 @dataclass(slots=True)

@@ -53,7 +53,8 @@ class StepResult:
     tokens: int32 [S, K], K >= 1; row i's sampled ids are its first num_tokens[i] (0 where nothing is sampled,
     more than 1 only behind accepted drafts). logprobs: by row, one entry per token, for sequences that asked.
     prompt_logprobs: by row, of this chunk's prompt tokens 1.. (the token after each computed position), only
-    if asked for. errors: by row, each ends its request alone.
+    if asked for. errors: by row, each ends its request alone. ended: rows whose constraint is
+    complete with their last token.
     """
 
     tokens: Int32s
@@ -61,6 +62,7 @@ class StepResult:
     errors: dict[int, RequestError] = field(default_factory=dict)
     logprobs: dict[int, Logprobs] = field(default_factory=dict)
     prompt_logprobs: dict[int, Logprobs] = field(default_factory=dict)
+    ended: set[int] = field(default_factory=set)
 
 
 class Step(Protocol):

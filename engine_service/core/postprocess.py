@@ -118,13 +118,19 @@ class Postprocessor:
             ended |= ids[slots] == tokens
         return ended
 
-    def _end_if_due(self, sequence: Sequence, token: int, report: StepReport, now_us: int) -> bool:
+    def _end_if_due(
+        self, sequence: Sequence, token: int, report: StepReport, now_us: int, complete: bool = False
+    ) -> bool:
+        """complete: the sequence's constraint allows nothing more."""
         reason, by_eos = self._stop_reason(sequence, token)
+        if complete and not by_eos:
+            reason = STOP
         if reason == RUNNING:
             return False
+        named = reason == STOP and token in sequence.request.stop_ids
         self._scheduler.finish(sequence)
         report.add_finish(
-            sequence, reason, now_us, stop_token_id=token if reason == STOP else None, stopped_by_eos=by_eos
+            sequence, reason, now_us, stop_token_id=token if named else None, stopped_by_eos=by_eos
         )
         self._note_if_over(sequence.request)
         return True
@@ -178,11 +184,12 @@ class Postprocessor:
             if own is not None:
                 sequence.cumulative_logprob += own.logprobs[0]
             report.add_token(sequence, token, own)
-            if self._end_if_due(sequence, token, report, now_us):
+            if self._end_if_due(sequence, token, report, now_us, row in result.ended):
                 return
         table, slot = self._table, sequence.slot
         wants_rows = sequence.sampling.logprobs is not None or bool(sequence.sampling.logprob_token_ids)
-        table.special[slot] = wants_rows or len(sequence.request.stop_ids) > MAX_STOP_IDS
+        constrained = sequence.request.grammar is not None
+        table.special[slot] = wants_rows or constrained or len(sequence.request.stop_ids) > MAX_STOP_IDS
         if row in plan.drafts:
             # What was computed for refused drafts is overwritten.
             table.num_expected[slot] = table.num_tokens[slot]

@@ -7,11 +7,15 @@ slot table, while a sequence holds a slot.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from penstock.engine_service.core.messages import AddRequest, Sampling
 from penstock.engine_service.core.slots import Int32s, SlotTable
+
+if TYPE_CHECKING:
+    from penstock.engine_service.core.constraint_state import CompiledGrammar
 
 Rank = tuple[int, int, int]  # priority (lower first), arrival number, choice
 _NO_TOKENS: Int32s = np.empty(0, np.int32)
@@ -90,6 +94,7 @@ class Request:
     cached_tokens: int = 0
     drafted_tokens: int = 0
     accepted_tokens: int = 0
+    grammar: CompiledGrammar | None = None  # of its constraint, once that is compiled
     started: bool = False
     num_finished: int = 0
 

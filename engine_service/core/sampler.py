@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from penstock.engine_service.core.constraint_masks import ConstraintMasks, RowMasks
 from penstock.engine_service.core.logit_edits import LogitEdits, apply_edits
 from penstock.engine_service.core.logprobs import gather_logprobs, take_row
 from penstock.engine_service.core.messages import Logprobs, RequestError
@@ -42,11 +43,13 @@ class SampleRows:
 
 @dataclass(slots=True)
 class SampledRows:
-    """tokens [R], of no meaning where a row is in `errors`; logprobs, one row each, where asked for."""
+    """tokens [R], of no meaning where a row is in `errors`; logprobs, one row each, where asked for; ended:
+    the rows whose constraint is complete with their token."""
 
     tokens: Int64s
     errors: dict[int, RequestError] = field(default_factory=dict)
     logprobs: dict[int, Logprobs] = field(default_factory=dict)
+    ended: set[int] = field(default_factory=set)
 
 
 @dataclass(slots=True)
@@ -70,6 +73,7 @@ class Sampler:
         self._device = device
         self._seed = seed
         self._states: dict[tuple[int, int], SamplingState] = {}
+        self._masks = ConstraintMasks(vocab_size)
         rows = _ROWS_AT_ONCE_CPU if device.type == "cpu" else _ROWS_AT_ONCE_DEVICE
         width = sampling.padded_width(vocab_size)
         self._plain_epochs: Int64s = np.full(
@@ -92,20 +96,27 @@ class Sampler:
         others = self._not_plain(rows, best)
         if not others.size:
             return result
-        prepared = self._prepare(rows, others.tolist(), best_ids, best, result)
+        masks = self._masks.of((row, rows.sequences[row]) for row in others.tolist())
+        result.errors.update(masks.errors)
+        prepared = self._prepare(rows, others.tolist(), best_ids, best, masks, result)
         rest = [row for row in prepared if not row.state.greedy or row.edits is not None]
         rest.sort(key=_kind)
         for start in range(0, len(rest), len(self._workspace)):
             self._sample_rows(logits, rest[start : start + len(self._workspace)], result)
+        for index in masks.states.keys() - result.errors.keys():
+            if masks.advance(index, int(result.tokens[index])):
+                result.ended.add(index)
+        result.errors.update(masks.errors)
         self._add_logprobs(logits, [row for row in prepared if row.index not in result.errors], result)
         return result
 
     def needs_host_tokens(self, sequence: Sequence) -> bool:
-        return needs_host_tokens(sequence.sampling)
+        return needs_host_tokens(sequence)
 
     def forget(self, sequence: Sequence) -> None:
         """Drops what is kept for a sequence that ended or was preempted; unknown sequences are ignored."""
         self._states.pop(sequence.key, None)
+        self._masks.forget(sequence)
 
     def _not_plain(self, rows: SampleRows, best: np.ndarray) -> Int64s:
         """The rows that need more than their argmax, or whose numbers are not finite."""
@@ -125,12 +136,15 @@ class Sampler:
         indices: list[int],
         best_ids: np.ndarray,
         best: np.ndarray,
+        masks: RowMasks,
         result: SampledRows,
     ) -> list[_Row]:
         """The rows that can be sampled; the others get their error: each request's exception boundary."""
         prepared = []
         for index in indices:
             sequence = rows.sequences[index]
+            if index in result.errors:
+                continue
             try:
                 if not math.isfinite(best[index]):
                     raise _not_finite()
@@ -138,10 +152,8 @@ class Sampler:
                 position = sequence.num_output_tokens
                 if rows.offsets is not None:
                     position += int(rows.offsets[index])
-                row = _Row(
-                    index, sequence, position, state, state.edits(sequence, position),
-                    int(best_ids[index]), float(best[index]),
-                )  # fmt: skip
+                edits = masks.join(index, state.edits(sequence, position))
+                row = _Row(index, sequence, position, state, edits, int(best_ids[index]), float(best[index]))
                 prepared.append(row)
                 if rows.slots is not None and rows.epochs is not None and _is_plain(row):
                     self._plain_epochs[rows.slots[index]] = rows.epochs[index]

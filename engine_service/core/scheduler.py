@@ -81,8 +81,9 @@ class Scheduler:
 
     # ------------------------------------------------------------------ requests
 
-    def add(self, params: AddRequest) -> Request:
-        """Queues a request. Raises RequestError when it can never run."""
+    def add(self, params: AddRequest, held: bool = False) -> Request:
+        """Queues a request, or with `held` keeps it out of the queue until `release`. Raises RequestError
+        when it can never run."""
         if params.id in self._requests:
             raise RequestError("invalid_value", "The request id is in use.", "request_id")
         if not len(params.prompt):
@@ -102,8 +103,13 @@ class Scheduler:
         self._requests[request.id] = request
         self._deadlines.add(request)
         self._waiting_tokens += request.num_prompt_tokens
-        self._waiting.push(request.sequences[0])
+        if not held:
+            self._waiting.push(request.sequences[0])
         return request
+
+    def release(self, request: Request) -> None:
+        """Queues a request that was held; it keeps the rank of its arrival."""
+        self._waiting.push(request.sequences[0])
 
     def get(self, request_id: int) -> Request | None:
         return self._requests.get(request_id)
