@@ -33,7 +33,7 @@ def grammar_of(source: ConstraintSource) -> str:
         case "json_object":
             return _of_schema('{"type": "object"}', source.whitespace_pattern)
         case "regex":
-            return _library().grammar_from_regex(source.text)
+            return _library().grammar_from_lark(f"start: {in_slashes(source.text)}")
         case "choice":
             return _of_choice(json.loads(source.text))
         case "grammar":
@@ -59,6 +59,13 @@ def json_options(whitespace_pattern: str | None) -> dict[str, Any]:
 def literal(text: str) -> str:
     """A regular expression that matches this text alone."""
     return "".join("\\" + char if char in _META else char for char in text)
+
+
+def in_slashes(pattern: str) -> str:
+    """The pattern as Lark takes it; a digit is one of ten, as JSON and JavaScript have it."""
+    from llguidance import regex_to_lark
+
+    return f"/{regex_to_lark(pattern, 'd')}/"
 
 
 def _of_schema(text: str, whitespace_pattern: str | None) -> str:

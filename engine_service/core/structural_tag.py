@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from penstock.engine_service.core.grammar_source import GrammarError, json_options, literal
+from penstock.engine_service.core.grammar_source import GrammarError, in_slashes, json_options, literal
 
 Node = dict[str, Any]
 _ANY_TEXT = r"/(?s:.*)/"
@@ -49,7 +49,7 @@ class _Writer:
         self._kinds: dict[str, Callable[[Node, str], str]] = {
             "const_string": lambda node, end: _quoted(_string(node, "value")) + _then(end),
             "json_schema": self._json_schema,
-            "regex": lambda node, end: _regex(_string(node, "pattern")) + _then(end),
+            "regex": lambda node, end: in_slashes(_string(node, "pattern")) + _then(end),
             "any_text": self._any_text,
             "sequence": self._sequence,
             "or": self._or,
@@ -120,7 +120,7 @@ class _Writer:
         branches = []
         for trigger, tags in by_trigger.items():
             if tags:
-                head = self._rule(f"/(?s:.*){_in_slashes(literal(trigger))}/", "[lazy]")
+                head = self._rule(in_slashes(f"(?s:.*){literal(trigger)}"), "[lazy]")
                 branches.append(f"{head} ({' | '.join(tags)})")
         some = self._rule(" | ".join(branches))
         text = self._rule(_ANY_TEXT)
@@ -144,16 +144,6 @@ def _then(text: str) -> str:
 
 def _quoted(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
-
-
-def _regex(pattern: str) -> str:
-    return f"/{_in_slashes(pattern)}/"
-
-
-def _in_slashes(pattern: str) -> str:
-    from llguidance import regex_to_lark
-
-    return regex_to_lark(pattern, "")
 
 
 def _node(value: Any, name: str) -> Node:

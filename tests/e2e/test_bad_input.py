@@ -47,9 +47,19 @@ CASES: list[tuple[str, str, Any, int, str, str | None]] = [
      "min_tokens"),
     ("tools", CHAT, {"messages": HI, "tools": [{"type": "function", "function": {"name": "f"}}]}, 400,
      "unsupported_parameter", "tools"),
-    ("guided", CHAT, {"messages": HI, "guided_choice": ["a"]}, 400, "unsupported_parameter", "guided_choice"),
-    ("schema", CHAT, {"messages": HI, "response_format": {"type": "json_object"}}, 400,
-     "unsupported_parameter", "response_format"),
+    ("keyword", CHAT, {"messages": HI, "guided_json": {"not": {}}}, 400, "invalid_grammar", "guided_json"),
+    ("pattern", TEXT, {"prompt": "x", "guided_regex": "(?=a)"}, 400, "invalid_grammar", "guided_regex"),
+    ("large pattern", TEXT, {"prompt": "x", "guided_regex": "a" * 70_000}, 400, "invalid_value",
+     "guided_regex"),
+    ("large schema", CHAT, {"messages": HI, "guided_json": {"enum": ["x" * 999 for _ in range(9999)]}}, 400,
+     "grammar_too_complex", "guided_json"),
+    ("deep schema", CHAT, {"messages": HI, "guided_json": '{"items":' * 90 + "{}" + "}" * 90}, 400,
+     "invalid_value", "guided_json"),
+    ("remote", CHAT, {"messages": HI, "response_format": {"type": "json_schema", "json_schema": {
+        "name": "x", "schema": {"$ref": "http://example.com/x"}}}}, 400, "invalid_grammar",
+     "response_format.json_schema.schema"),
+    ("recursion", CHAT, {"messages": HI, "structured_outputs": {"json": {"$ref": "#"}}}, 400,
+     "invalid_grammar", "structured_outputs.json"),
     ("beams", TEXT, {"prompt": "x", "use_beam_search": True}, 400, "unsupported_parameter",
      "use_beam_search"),
     ("best_of", TEXT, {"prompt": "x", "best_of": 3}, 400, "unsupported_parameter", "best_of"),
@@ -92,10 +102,10 @@ def test_each_mistake_has_its_answer_and_harms_nobody(
         (engine_pb2.GenerateRequest(prompt_ids=common_pb2.TokenIds(ids=[])), "invalid_value", "prompt"),
         (
             engine_pb2.GenerateRequest(
-                prompt_ids=common_pb2.TokenIds(ids=[5]), constraint=engine_pb2.Constraint(regex="a")
+                prompt_ids=common_pb2.TokenIds(ids=[5]), constraint=engine_pb2.Constraint(regex="[")
             ),
-            "unimplemented",
-            "constraint",
+            "invalid_grammar",
+            "constraint.regex",
         ),
         (
             engine_pb2.GenerateRequest(prompt_ids=common_pb2.TokenIds(ids=[5] * 300)),

@@ -163,8 +163,6 @@ def test_values_out_of_range(made: pb.GenerateRequest, param: str) -> None:
         (base(model="other"), "model_not_found", "model"),
         (base(best_of=4), "unimplemented", "best_of"),
         (base(beam_search=pb.BeamSearch()), "unimplemented", "beam_search"),
-        (base(constraint=pb.Constraint(regex="a")), "unimplemented", "constraint"),
-        (base(constraint=pb.Constraint()), "unimplemented", "constraint"),
         (base(media=[pb.MediaItem()]), "unimplemented", "media"),
         (base(kv_transfer=b"x"), "unimplemented", "kv_transfer"),
         (pb.GenerateRequest(prompt_embeds=pb.PromptEmbeds()), "unimplemented", "prompt_embeds"),
