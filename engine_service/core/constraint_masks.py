@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
+from torch import Tensor
 
 from penstock.engine_service.core.constraint_state import CompiledGrammar, ConstraintState, Words
-from penstock.engine_service.core.logit_edits import LogitEdits
+from penstock.engine_service.core.logit_edits import LogitEdits, allowed_by
 from penstock.engine_service.core.messages import RequestError
 from penstock.engine_service.core.request import Sequence
 
@@ -44,6 +45,17 @@ class RowMasks:
         if edits is None or self.is_over(row):
             return LogitEdits(None, _NO_IDS, _NO_BIAS, _NO_IDS, _NO_IDS, words)
         return dataclasses.replace(edits, mask=words)
+
+    def best(self, row: int, best_id: int, logits: Tensor) -> int | None:
+        """The argmax of logits [V], which is best_id, over what the row's mask allows; None if that has no
+        finite one. Most often the model says what it may."""
+        words = self.words[row]
+        if words[best_id >> 5] >> (best_id & 31) & 1:
+            return best_id
+        ids = np.flatnonzero(allowed_by(words))
+        values = logits.numpy(force=True)[ids]
+        place = int(values.argmax())
+        return int(ids[place]) if np.isfinite(values[place]) else None
 
     def advance(self, row: int, token: int) -> bool:
         """Takes in the row's token. Whether its choice ends with it, or has got an error by it."""
@@ -96,6 +108,7 @@ class ConstraintMasks:
             try:
                 self._cut(words)
                 made.states[row].limit(words)
+                self._cut(words)
                 made.words[row] = words
             except RequestError as error:
                 made.errors[row] = error

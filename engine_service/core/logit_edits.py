@@ -58,6 +58,11 @@ def apply_edits(logits: Tensor, edits: Sequence[tuple[int, LogitEdits]]) -> None
         sampling.ban(logits, *_on(logits.device, banned, ids))
 
 
+def allowed_by(mask: Mask) -> NDArray[np.bool_]:
+    """The mask as a flag per token, [32 * words]."""
+    return np.unpackbits(mask.view(np.uint8), bitorder="little").view(np.bool_)
+
+
 def _apply_masks(logits: Tensor, masks: list[tuple[int, Mask]]) -> None:
     if not masks:
         return
@@ -67,8 +72,8 @@ def _apply_masks(logits: Tensor, masks: list[tuple[int, Mask]]) -> None:
         sampling.apply_bitmask(logits[:, : 32 * words.shape[1]], *_on(logits.device, words, rows))
         return
     for row, mask in masks:
-        forbidden = np.unpackbits(~mask.view(np.uint8), bitorder="little").view(np.bool_)
-        logits[row, : len(forbidden)].masked_fill_(torch.from_numpy(forbidden), -torch.inf)
+        forbidden = ~allowed_by(mask)
+        np.copyto(logits[row, : len(forbidden)].numpy(), -np.inf, where=forbidden)
 
 
 def _penalise(logits: Tensor, penalties: list[tuple[int, Penalties]]) -> None:

@@ -63,6 +63,7 @@ class _Row:
     edits: LogitEdits | None
     best_id: int
     best: float
+    best_stands: bool = False  # the edits do not change the argmax
 
 
 class Sampler:
@@ -98,7 +99,7 @@ class Sampler:
             return result
         masks = self._masks.of((row, rows.sequences[row]) for row in others.tolist())
         result.errors.update(masks.errors)
-        prepared = self._prepare(rows, others.tolist(), best_ids, best, masks, result)
+        prepared = self._prepare(logits, rows, others.tolist(), best_ids, best, masks, result)
         rest = [row for row in prepared if not row.state.greedy or row.edits is not None]
         rest.sort(key=_kind)
         for start in range(0, len(rest), len(self._workspace)):
@@ -132,6 +133,7 @@ class Sampler:
 
     def _prepare(
         self,
+        logits: Tensor,
         rows: SampleRows,
         indices: list[int],
         best_ids: np.ndarray,
@@ -152,8 +154,12 @@ class Sampler:
                 position = sequence.num_output_tokens
                 if rows.offsets is not None:
                     position += int(rows.offsets[index])
-                edits = masks.join(index, state.edits(sequence, position))
-                row = _Row(index, sequence, position, state, edits, int(best_ids[index]), float(best[index]))
+                row = _Row(
+                    index, sequence, position, state, state.edits(sequence, position),
+                    int(best_ids[index]), float(best[index]),
+                )  # fmt: skip
+                if index in masks.words:
+                    _mask(row, logits[index], masks, result)
                 prepared.append(row)
                 if rows.slots is not None and rows.epochs is not None and _is_plain(row):
                     self._plain_epochs[rows.slots[index]] = rows.epochs[index]
@@ -191,6 +197,8 @@ class Sampler:
         if not edits:
             return
         apply_edits(work, edits)
+        if all(rows[place].best_stands for place, _ in edits):
+            return
         columns = [column.tolist() for column in sampling.argmax(work)]
         for place, (row, best_id, best) in enumerate(zip(rows, *columns, strict=True)):
             row.best_id, row.best = best_id, best
@@ -255,6 +263,23 @@ class Sampler:
 
     def _floats(self, values: list[float], dtype: torch.dtype = torch.float64) -> Tensor:
         return torch.tensor(values, dtype=dtype, device=self._device)
+
+
+def _mask(row: _Row, logits: Tensor, masks: RowMasks, result: SampledRows) -> None:
+    """Joins the row's mask to its edits. Where it is the only one the best of what it allows is found here,
+    in logits [V]; a greedy row is done with that."""
+    index = row.index
+    alone = row.edits is None or masks.is_over(index)
+    row.edits = masks.join(index, row.edits)
+    if not alone:
+        return
+    best = masks.best(index, row.best_id, logits)
+    if best is None:
+        raise row.state.nothing_left()
+    row.best_id, row.best, row.best_stands = best, float(logits[best]), True
+    if row.state.greedy:
+        result.tokens[index] = best
+        row.edits = None
 
 
 def _is_plain(row: _Row) -> bool:

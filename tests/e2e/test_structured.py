@@ -67,7 +67,8 @@ WAYS: list[tuple[dict[str, Any], Any]] = [
     ({"structured_outputs": {
         "json": {"type": "object", "properties": {"a": {"type": "null"}}},
         "disable_additional_properties": True}}, lambda t: set(json.loads(t)) <= {"a"}),
-    ({"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": SCHEMA}}}, fits_schema),
+    ({"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": SCHEMA}}},
+     fits_schema),
     ({"response_format": TAG}, fits_tag),
     ({"structural_tag": TAG}, fits_tag),
 ]  # fmt: skip
