@@ -66,7 +66,7 @@ def main() -> None:
                 constraint = None if source is None else Constraint(grammar_of(source))
                 for i in ids:
                     sampling = Sampling(temperature=temperature, seed=i)
-                    prompt = [17 + i % 50] * 32
+                    prompt = [17 + i % 50] * 8
                     inbox.put(AddRequest(i, prompt, sampling, max_new_tokens=900, constraint=constraint))
                 while loop.load().running < options.batch or loop.load().waiting:
                     loop.step(0.1)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from penstock.engine_service.core.constraint_state import CompiledGrammar, ConstraintState, Words
@@ -53,7 +54,7 @@ class RowMasks:
         if words[best_id >> 5] >> (best_id & 31) & 1:
             return best_id
         ids = np.flatnonzero(allowed_by(words))
-        values = logits.numpy(force=True)[ids]
+        values = logits.index_select(0, torch.from_numpy(ids).to(logits.device)).float().numpy(force=True)
         place = int(values.argmax())
         return int(ids[place]) if np.isfinite(values[place]) else None
 

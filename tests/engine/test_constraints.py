@@ -298,6 +298,22 @@ def test_a_tokens_logprob_is_the_raw_models() -> None:
     assert row.alternative_ids[0] == 17
 
 
+def test_logits_of_any_precision() -> None:
+    """The best of what is allowed, found without an edited copy of the row, and drawn from one."""
+    for dtype in (torch.float32, torch.bfloat16):
+        for temperature in (0.0, 1.0):
+            for allowed_best in (False, True):
+                sampler = Sampler(VOCAB, CPU, 0)
+                sampling = Sampling(temperature=temperature, seed=1)
+                sequence = constrained(source("regex", "[ab]+c"), sampling=sampling)
+                logits = torch.zeros(1, VOCAB, dtype=dtype)
+                logits[0, TOKENS.index(b"b")] = 40.0
+                logits[0, TOKENS.index(b"z")] = 0.0 if allowed_best else 90.0
+                found = sampler.sample(logits, SampleRows([sequence]))
+                assert not found.errors
+                assert TOKENS[int(found.tokens[0])] == b"b"
+
+
 def scenario(between: Callable[[Sampler, list[Sequence]], None]) -> list[list[int]]:
     """Seeded answers with penalties, of which something happens to the sampler between two steps."""
     schema = source(
