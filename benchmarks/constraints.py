@@ -58,7 +58,7 @@ def main() -> None:
     loop = EngineLoop.of_model(configure, built.ready, built.runner, inbox, outbox, built.constraints)
     times: dict[tuple[str, float], list[float]] = {}
     number = 0
-    for _ in range(options.rounds):
+    for turn in range(-1, options.rounds):  # the first is a rehearsal
         for temperature in (0.0, 1.0):
             for name, source in KINDS.items():
                 ids = list(range(number + 1, number + 1 + options.batch))
@@ -74,8 +74,8 @@ def main() -> None:
                         raise SystemExit(outbox.failures[0])
                 for _ in range(3):
                     loop.step()
-                taken = times.setdefault((name, temperature), [])
-                for _ in range(options.steps):
+                taken = times.setdefault((name, temperature), []) if turn >= 0 else []
+                for _ in range(options.steps if turn >= 0 else 1):
                     start = time.perf_counter()
                     loop.step()
                     taken.append(1e3 * (time.perf_counter() - start))

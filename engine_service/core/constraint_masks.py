@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from penstock.engine_service.core.constraint_state import CompiledGrammar, ConstraintState, Words
-from penstock.engine_service.core.logit_edits import LogitEdits, allowed_by
+from penstock.engine_service.core.logit_edits import LogitEdits, added_by
 from penstock.engine_service.core.messages import RequestError
 from penstock.engine_service.core.request import Sequence
 
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from llguidance import LLExecutor, LLMatcher
 
 log = logging.getLogger(__name__)
+# Nothing else runs in the core while masks are made.
+_MOST_THREADS = 16
 _NO_IDS = np.empty(0, np.int64)
 _NO_BIAS = np.empty(0, np.float32)
 
@@ -47,16 +49,15 @@ class RowMasks:
             return LogitEdits(None, _NO_IDS, _NO_BIAS, _NO_IDS, _NO_IDS, words)
         return dataclasses.replace(edits, mask=words)
 
-    def best(self, row: int, best_id: int, logits: Tensor) -> int | None:
-        """The argmax of logits [V], which is best_id, over what the row's mask allows; None if that has no
-        finite one. Most often the model says what it may."""
-        words = self.words[row]
-        if words[best_id >> 5] >> (best_id & 31) & 1:
-            return best_id
-        ids = np.flatnonzero(allowed_by(words))
-        values = logits.index_select(0, torch.from_numpy(ids).to(logits.device)).float().numpy(force=True)
-        place = int(values.argmax())
-        return int(ids[place]) if np.isfinite(values[place]) else None
+    def allows(self, row: int, token: int) -> bool:
+        return bool(self.words[row][token >> 5] >> (token & 31) & 1)
+
+    def best(self, row: int, logits: Tensor) -> int | None:
+        """The argmax of logits [V] over what the row's mask allows; None if that has no finite one."""
+        raw = logits.float().numpy(force=True)
+        masked = raw + added_by(self.words[row])[: len(raw)]
+        place = int(masked.argmax())
+        return place if np.isfinite(masked[place]) else None
 
     def advance(self, row: int, token: int) -> bool:
         """Takes in the row's token. Whether its choice ends with it, or has got an error by it."""
@@ -143,7 +144,7 @@ class ConstraintMasks:
         if self._executor is None:
             from llguidance import LLExecutor
 
-            self._executor = LLExecutor()
+            self._executor = LLExecutor(min(_MOST_THREADS, len(os.sched_getaffinity(0))))
         self._executor.unsafe_compute_mask_ptr(matchers, pointer, size, len(self._room))
 
     def _cut(self, words: Words) -> None:

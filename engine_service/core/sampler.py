@@ -266,20 +266,21 @@ class Sampler:
 
 
 def _mask(row: _Row, logits: Tensor, masks: RowMasks, result: SampledRows) -> None:
-    """Joins the row's mask to its edits. Where it is the only one the best of what it allows is found here,
-    in logits [V]; a greedy row is done with that."""
+    """Joins the row's mask to its edits. Most often the model says what it may: where the mask is the only
+    edit and allows the best token, that stands; a greedy row of logits [V] is done with its best."""
     index = row.index
     alone = row.edits is None or masks.is_over(index)
     row.edits = masks.join(index, row.edits)
     if not alone:
         return
-    best = masks.best(index, row.best_id, logits)
+    row.best_stands = masks.allows(index, row.best_id)
+    if not row.state.greedy:
+        return
+    best = row.best_id if row.best_stands else masks.best(index, logits)
     if best is None:
         raise row.state.nothing_left()
-    row.best_id, row.best, row.best_stands = best, float(logits[best]), True
-    if row.state.greedy:
-        result.tokens[index] = best
-        row.edits = None
+    result.tokens[index] = best
+    row.edits = None
 
 
 def _is_plain(row: _Row) -> bool:
