@@ -80,6 +80,17 @@ def attach(made: engine_pb2.GenerateRequest, constraint: engine_pb2.Constraint) 
     made.constraint.CopyFrom(constraint)
 
 
+def constrained(made: engine_pb2.GenerateRequest, asked: Asked | None) -> engine_pb2.GenerateRequest:
+    """The engine request as it is sent. The constraint comes in only then, on a copy: of a megabyte there
+    shall not be one for every prompt of a list."""
+    if asked is None:
+        return made
+    copy = engine_pb2.GenerateRequest()
+    copy.CopyFrom(made)
+    attach(copy, asked.constraint)
+    return copy
+
+
 def schema_constraint(schema: Json | str, param: str, *, closed: bool = False) -> engine_pb2.Constraint:
     """The constraint of a JSON schema; `closed` gives its objects no properties but those they name. Raises
     ApiError naming `param` for what is too large, too deep, or a string that is no JSON object."""

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from penstock.frontend.accounting import Accounting
 from penstock.frontend.api.answer import Frames, StreamAnswer, WholeAnswer
-from penstock.frontend.api.constraint import Asked, asked_constraint, attach
+from penstock.frontend.api.constraint import Asked, asked_constraint, constrained
 from penstock.frontend.api.generation_request import GenerationRequest, ignored_header, refuse_unserved
 from penstock.frontend.api.identity import Identity
 from penstock.frontend.catalog import Model
@@ -165,17 +165,8 @@ async def make_plan(
         logprobs=alternatives,
         keep_token_ids=bool(request.return_token_ids),
     )
-    return Plan(
-        model,
-        request,
-        prompts,
-        engine_requests,
-        options,
-        chosen,
-        timeout_s,
-        prompt_param,
-        asked_constraint(request),
-    )
+    asked = asked_constraint(request)
+    return Plan(model, request, prompts, engine_requests, options, chosen, timeout_s, prompt_param, asked)
 
 
 def _check_prompt_logprobs(request: GenerationRequest, prompts: list[list[int]]) -> None:
@@ -361,7 +352,7 @@ async def _submit(
     handle = await submit(
         context.services,
         plan.model,
-        _constrained(plan, prompt),
+        constrained(plan.engine_requests[prompt], plan.asked),
         plan.options,
         listening.listeners[prompt],
         on_text=listening.text_writer(prompt),
@@ -369,18 +360,6 @@ async def _submit(
     )
     listening.handles.append(handle)
     return handle
-
-
-def _constrained(plan: Plan, prompt: int) -> engine_pb2.GenerateRequest:
-    """The engine request of a prompt. The constraint comes in only now: of a megabyte there shall not be a
-    copy for every prompt of a list."""
-    made = plan.engine_requests[prompt]
-    if plan.asked is None:
-        return made
-    copy = engine_pb2.GenerateRequest()
-    copy.CopyFrom(made)
-    attach(copy, plan.asked.constraint)
-    return copy
 
 
 async def _cut_if_refused(handle: Handle, plan: Plan, listening: StreamAnswer | WholeAnswer) -> None:
