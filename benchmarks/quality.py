@@ -1,6 +1,6 @@
 """What quantisation costs in quality: the same model with and without, token by token.
 
-    python benchmarks/quality.py MODEL [--quantization fp8] [--kv-cache-dtype fp8] [--text FILE] [--json FILE]
+    python benchmarks/quality.py MODEL [--quantization int8] [--kv-cache-dtype fp8] [--text F] [--json F]
 
 Agreement is about greedy tokens: forced, after the reference's own tokens; free, how many tokens two
 continuations have in common. Divergence (KL of the reference from the other; the largest difference of a

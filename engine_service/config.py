@@ -44,8 +44,10 @@ class EngineConfig(Config):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="type of weights and KV cache"
     )
-    quantization: Literal["none", "fp8"] = Field(
-        "none", description="fp8 rounds weights at load and activations per token; some quality is lost"
+    quantization: Literal["none", "fp8", "int8"] = Field(
+        "none",
+        description="rounds weights at load and activations per token, for CUDA to fp8, for CPUs to int8; "
+        "some quality is lost",
     )
     kv_cache_dtype: Literal["auto", "fp8", "fp8_e4m3"] = Field(
         "auto", description="type of the KV cache; auto is dtype's, fp8 halves it and loses some quality"

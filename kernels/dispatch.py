@@ -20,6 +20,7 @@ _BY_DEVICE: dict[str, dict[str, tuple[str, ...]]] = {
     "block_copy": {},
     "embedding": {"cuda": ("triton",)},
     "inputs": {"cuda": ("triton",)},
+    "int8": {"cpu": ("cpu",)},
     "kv_write": {"cpu": ("native", "cpu"), "cuda": ("triton",)},
     "logits": {"cpu": ("native",)},
     "norm": {"cpu": ("native",), "cuda": ("triton",)},

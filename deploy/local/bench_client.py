@@ -13,8 +13,6 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
-import httptools
-
 CONNECT_TIMEOUT_S = 10.0
 # Longest silence within an answer.
 SILENCE_TIMEOUT_S = 600.0
@@ -170,6 +168,10 @@ class _Connection(asyncio.Protocol):
     """One request at a time. The callbacks from on_header down are the parser's."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, kind: str) -> None:
+        # Here, because services without it read the options of the benchmarks too.
+        import httptools
+
+        self._httptools = httptools
         self._loop = loop
         self._marks = _MARKS[kind]
         self._transport: asyncio.Transport | None = None
@@ -189,7 +191,7 @@ class _Connection(asyncio.Protocol):
             return
         try:
             self._parser.feed_data(data)
-        except httptools.HttpParserError:
+        except self._httptools.HttpParserError:
             self._fail(BenchError("no HTTP answer" if not self._begun else "the body broke off"))
 
     def connection_lost(self, error: Exception | None) -> None:
@@ -217,7 +219,7 @@ class _Connection(asyncio.Protocol):
         TimeoutError, BenchError and, on a kept connection only, _Stale."""
         if self._lost or self._transport is None:
             raise _Stale
-        self._parser = httptools.HttpResponseParser(self)
+        self._parser = self._httptools.HttpResponseParser(self)
         self._sample, self._kept = sample, kept
         self._heard = self._begun = self._framed = self._done = self.reusable = False
         self._status, self._body, self._rest, self._blank = 0, b"", b"", 0.0

@@ -9,11 +9,12 @@ from torch import Tensor
 
 from penstock.engine_service.backends.base import Backend, Linear
 from penstock.engine_service.models.errors import ModelError
+from penstock.kernels import int8
 from penstock.kernels.quant import quantize_rows, quantize_weight, scaled_linear
 
 log = logging.getLogger("penstock.engine.backends")
 
-QUANTIZATIONS = ("fp8",)
+QUANTIZATIONS = ("fp8", "int8")
 _MULTIPLE = 16  # of a weight's sides, for torch's scaled product
 _FIRST_CAPABILITY = (8, 9)
 
@@ -26,10 +27,56 @@ def quantized(backend: Backend, quantization: str) -> Backend:
         raise ModelError(
             f"quantization '{quantization[:20]}' is not supported; supported: {', '.join(QUANTIZATIONS)}"
         )
-    return Fp8Backend(backend)
+    return Int8Backend(backend) if quantization == "int8" else Fp8Backend(backend)
 
 
-class Fp8Backend:
+class _Quantized:
+    """All but the linears is the inner backend's."""
+
+    def __init__(self, inner: Backend) -> None:
+        self._inner = inner
+        self.device = inner.device
+        self.threads = inner.threads
+
+    def place(self, tensor: Tensor) -> Tensor:
+        return self._inner.place(tensor)
+
+    def available_memory(self) -> int:
+        return self._inner.available_memory()
+
+    def kv_cache_budget(self, gpu_memory_utilization: float) -> int:
+        return self._inner.kv_cache_budget(gpu_memory_utilization)
+
+    def synchronize(self) -> None:
+        self._inner.synchronize()
+
+
+class Int8Backend(_Quantized):
+    """Weights in int8 with a scale per output row, the head's included; rows of activations are scaled and
+    rounded as they come. Sums are exact. An embedding table tied to the head stays as it is.
+
+    Raises ModelError for another device than a CPU.
+    """
+
+    def __init__(self, inner: Backend) -> None:
+        super().__init__(inner)
+        if self.device.type != "cpu":
+            raise ModelError(
+                f"--quantization int8 is for the CPU, not for device '{self.device.type}'; that one has fp8"
+            )
+
+    def linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
+        if weight.shape[1] > int8.MAX_COLUMNS:
+            raise ModelError(
+                f"--quantization int8: a weight of {weight.shape[1]} columns, at most {int8.MAX_COLUMNS} fit"
+            )
+        return int8.prepare(weight, bias)
+
+    def head(self, weight: Tensor) -> Linear:
+        return self.linear(weight, None)
+
+
+class Fp8Backend(_Quantized):
     """Weights in float8 e4m3 with a scale per output row; rows of activations are scaled and rounded as they
     come. Sums are float32. The head stays as it is. On a CPU it means the same numbers, slowly.
 
@@ -37,10 +84,8 @@ class Fp8Backend:
     """
 
     def __init__(self, inner: Backend) -> None:
-        self._inner = inner
+        super().__init__(inner)
         self._said = False
-        self.device = inner.device
-        self.threads = inner.threads
         if self.device.type == "cuda":
             _check_capability(torch.cuda.get_device_capability(self.device))
 
@@ -56,18 +101,6 @@ class Fp8Backend:
 
     def head(self, weight: Tensor) -> Linear:
         return self._inner.head(weight)
-
-    def place(self, tensor: Tensor) -> Tensor:
-        return self._inner.place(tensor)
-
-    def available_memory(self) -> int:
-        return self._inner.available_memory()
-
-    def kv_cache_budget(self, gpu_memory_utilization: float) -> int:
-        return self._inner.kv_cache_budget(gpu_memory_utilization)
-
-    def synchronize(self) -> None:
-        self._inner.synchronize()
 
 
 class _Fp8Linear:

@@ -64,7 +64,7 @@ class Configure:
     enable_prefix_caching: bool = True
     threads: int = 0  # compute threads of the CPU backend
     seed: int = 0  # of requests without one
-    quantization: str = ""  # fp8: of the weights at load; empty: none
+    quantization: str = ""  # fp8 or int8: of the weights at load; empty: none
     kv_cache_dtype: str = "auto"  # auto (as dtype), fp8, fp8_e4m3 (the same)
     tensor_parallel_size: int = 1  # ranks that hold the model together, rank 0 included
     nnodes: int = 1  # machines they are on; a divisor of tensor_parallel_size

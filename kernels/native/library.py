@@ -6,6 +6,7 @@ is then the richest that is used.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import logging
@@ -83,9 +84,11 @@ def bind(module: str, attribute: str, name: str, *types: Any) -> Function:
 
 
 def rebind(opened: Library) -> None:
-    """Makes all modules use the functions of another instruction set: for tests and measurements."""
+    """Makes all modules use the functions of another instruction set: for tests and measurements. A
+    function that the set lacks stays as it was."""
     for module, attribute, name, types in _bound:
-        setattr(sys.modules[module], attribute, opened.function(name, *types))
+        with contextlib.suppress(AttributeError):
+            setattr(sys.modules[module], attribute, opened.function(name, *types))
 
 
 _bound: list[tuple[str, str, str, tuple[Any, ...]]] = []

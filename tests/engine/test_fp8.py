@@ -244,7 +244,7 @@ def replace_field(configure: Configure, **changes: Any) -> Configure:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"quantization": "int3"}, "quantization 'int3' is not supported; supported: fp8"),
+        ({"quantization": "int3"}, "quantization 'int3' is not supported; supported: fp8, int8"),
         (
             {"kv_cache_dtype": "fp8_e5m2"},
             "KV cache dtype 'fp8_e5m2' is not supported; supported: auto, fp8, fp8_e4m3",

@@ -62,14 +62,16 @@ def test_without_rounding_both_are_the_model(
 
 def test_rounding_shows(quality: ModuleType, tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     folder = tiny_checkpoint("qwen2")
-    options = (["--quantization", "fp8"], ["--kv-cache-dtype", "fp8"])
-    weights, cache = (figures(quality, folder, tmp_path, *option) for option in options)
-    for table in (weights, cache):
+    options = (["--quantization", "fp8"], ["--quantization", "int8"], ["--kv-cache-dtype", "fp8"])
+    tables = [figures(quality, folder, tmp_path, *option) for option in options]
+    weights, finer, cache = tables
+    for table in tables:
         assert table["KL divergence, mean nats"] > 1e-4
         assert table["largest logit difference, most"] > table["largest logit difference, mean"] > 0
         assert table["same most probable token"] <= 1
         assert table["perplexity"] != table["perplexity, reference"]
     assert weights["perplexity, reference"] == cache["perplexity, reference"]
+    assert finer["KL divergence, mean nats"] < weights["KL divergence, mean nats"]
 
 
 def test_figures_of_a_case_worked_by_hand(quality: ModuleType) -> None:

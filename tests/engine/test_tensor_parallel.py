@@ -150,6 +150,27 @@ async def test_two_ranks_say_what_transformers_says(
 
 
 @pytest.mark.e2e
+async def test_int8_ranks_round_their_own_parts(tiny_checkpoint: Folder) -> None:
+    """As near to the unrounded model as int8 is; not one rank's scores, because a row-parallel projection has
+    scales for each rank's part."""
+    folder = tiny_checkpoint("llama")
+    _, unrounded = oracle(folder, PROMPTS)
+    found = []
+    for _ in range(2):
+        async with core(folder, tensor_parallel_size=2, quantization="int8") as engine:
+            await engine.until(Ready)
+            found.append(await engine.greedy(PROMPTS))
+    assert found[0] == found[1]
+    # Of the first token only: what follows may follow another one.
+    errors = [
+        abs(a - b)
+        for ours, best in zip(found[0][1], unrounded, strict=True)
+        for a, b in zip(ours[:3], best[:3], strict=True)
+    ]
+    assert 0 < sum(errors) / len(errors) < 0.1
+
+
+@pytest.mark.e2e
 @pytest.mark.parametrize("busy", [False, True])
 async def test_the_death_of_a_rank_is_the_death_of_all(tiny_checkpoint: Folder, busy: bool) -> None:
     folder = tiny_checkpoint("llama")

@@ -34,6 +34,29 @@ def test_help_of_every_command(command: str) -> None:
     assert done.stderr == ""
 
 
+@pytest.mark.parametrize(
+    ("service", "absent"),
+    [
+        ("engine", ["httptools", "httpx", "starlette", "uvicorn", "orjson", "tqdm", "jinja2", "matplotlib"]),
+        (
+            "tokenizer",
+            ["httptools", "httpx", "starlette", "uvicorn", "orjson", "tqdm", "torch", "matplotlib"],
+        ),
+        ("frontend", ["httpx", "tqdm", "torch", "numpy", "jinja2", "matplotlib"]),
+    ],
+)
+def test_a_service_starts_without_the_packages_of_others(service: str, absent: list[str]) -> None:
+    """As in its image. It gets as far as its own check of what it was told."""
+    code = (
+        f"import sys\nfor name in {absent}:\n    sys.modules[name] = None\n"
+        "from penstock.local.cli import main\n"
+        f"sys.exit(main(['{service}', '--log-level=debug', '--port=-1']))"
+    )
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=60)
+    assert "--port" in done.stderr
+    assert done.returncode == 2
+
+
 @pytest.mark.parametrize("command", ["", *cli.COMMANDS])
 def test_help_loads_nothing_heavy(command: str) -> None:
     words = [command, "--help"] if command else ["--help"]
