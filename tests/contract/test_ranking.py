@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 TEXT = "/v1/completions"
+NOW = {"type": "function", "function": {"name": "now"}}
 CHAT = "/v1/chat/completions"
 
 
@@ -21,6 +22,11 @@ def script(served: Any, fakes: Any, *texts: str, **options: Any) -> None:
     served.engine.script = lambda request: fakes.Script(choices, **options)
 
 
+def mean_of(served: Any, fakes: Any, text: str) -> float:
+    ids = ids_of(served, text)
+    return float(sum(fakes.fake_row(token, 0)[0] for token in ids) / len(ids))
+
+
 # ------------------------------------------------------------------------------------------- best_of
 
 
@@ -28,10 +34,7 @@ async def test_best_of_shows_the_most_probable(served: Any, fakes: Any) -> None:
     """A2.14, A4.14: the fake engine finds a token the more probable the lower its id."""
     texts = ["zzzz", "aaaa", "mmmm", "bb"]
     script(served, fakes, *texts)
-    means = {
-        text: sum(fakes.fake_row(token, 0)[0] for token in ids_of(served, text)) / len(ids_of(served, text))
-        for text in texts
-    }
+    means = {text: mean_of(served, fakes, text) for text in texts}
     best = sorted(texts, key=lambda text: -means[text])[:2]
     answer = await served.complete(n=2, best_of=4, max_tokens=9)
     assert [choice["text"] for choice in answer.json()["choices"]] == best
@@ -46,6 +49,69 @@ async def test_best_of_shows_the_most_probable(served: Any, fakes: Any) -> None:
     chat = await served.chat(n=2, best_of=4, logprobs=True, top_logprobs=1)
     assert [choice["message"]["content"] for choice in chat.json()["choices"]] == best
     assert len(chat.json()["choices"][0]["logprobs"]["content"]) == len(ids_of(served, best[0]))
+
+
+async def test_best_of_chooses_among_calls_and_texts(served: Any, fakes: Any) -> None:
+    """What was read of each candidate goes with it, to the place it gets."""
+    call = '<tool_call>\n{"name": "now", "arguments": {"zone": "CET"}}\n</tool_call>'
+    texts = ["zzzz", "aaaa", call, "yyyy"]
+    script(served, fakes, *texts, finish=fakes.STOP)
+    fields = {"messages": "x", "tools": [NOW], "n": 2, "best_of": 4}
+    body = (await served.post(CHAT, fields)).json()
+    found = [
+        (choice["message"]["content"], choice["message"].get("tool_calls"), choice["finish_reason"])
+        for choice in body["choices"]
+    ]
+    means = {text: mean_of(served, fakes, text) for text in texts}
+    best = sorted(texts, key=lambda text: -means[text])[:2]
+    assert call in best
+    for text, (content, calls, reason) in zip(best, found, strict=True):
+        if text == call:
+            assert (content, reason) == (None, "tool_calls")
+            assert [one["function"]["arguments"] for one in calls] == ['{"zone": "CET"}']
+        else:
+            assert (content, calls, reason) == (text, None, "stop")
+    *events, _ = await served.events(CHAT, fields)
+    for index, text in enumerate(best):
+        choices = [choice for event in events for choice in event["choices"] if choice["index"] == index]
+        parts = [part for choice in choices for part in choice["delta"].get("tool_calls", ())]
+        said = "".join(choice["delta"].get("content") or "" for choice in choices)
+        assert said == ("" if text == call else text)
+        arguments = "".join(part["function"]["arguments"] for part in parts)
+        assert arguments == ('{"zone": "CET"}' if text == call else "")
+        assert choices[-1]["finish_reason"] == ("tool_calls" if text == call else "stop")
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"tools": [NOW], "tool_choice": "required"}, "tools"),
+        ({"tools": [NOW], "tool_choice": {"type": "function", "function": {"name": "now"}}}, "tools"),
+        ({"tools": [{"type": "function", "function": {"name": "now", "strict": True}}]}, "tools"),
+        ({"functions": [{"name": "now"}], "function_call": {"name": "now"}}, "functions"),
+        ({"structured_outputs": {"regex": "a"}}, "structured_outputs"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"schema": {}}}}, "response_format"),
+    ],
+)
+async def test_a_beam_search_takes_no_form(served: Any, fields: dict[str, Any], param: str) -> None:
+    before = len(served.engine.requests)
+    answer = await served.post(CHAT, {"messages": "x", "use_beam_search": True, "n": 2, **fields})
+    assert answer.status_code == 400, answer.text
+    assert (answer.json()["error"]["code"], answer.json()["error"]["param"]) == (
+        "unsupported_parameter",
+        param,
+    )
+    assert len(served.engine.requests) == before
+
+
+async def test_beams_may_call_what_they_like(served: Any, fakes: Any) -> None:
+    script(
+        served, fakes, '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>', "aa", finish=fakes.STOP
+    )
+    answer = await served.post(CHAT, {"messages": "x", "use_beam_search": True, "n": 2, "tools": [NOW]})
+    first, second = answer.json()["choices"]
+    assert first["message"]["tool_calls"][0]["function"]["name"] == "now"
+    assert second["message"]["content"] == "aa"
 
 
 @pytest.mark.parametrize("path", [TEXT, CHAT])
