@@ -17,7 +17,6 @@ def test_no_generated_request_is_a_server_error(server: Spawned, run_client: Cal
         "--phases=examples,coverage,fuzzing",
         "--max-examples=10",
         "--seed=1",
-        "--workers=2",
         "--request-timeout=60",
         timeout_s=300.0,
     )
