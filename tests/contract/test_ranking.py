@@ -299,6 +299,8 @@ async def test_a_chat_echo_is_the_assistants_own_beginning(served: Any, fakes: A
     assert "".join(parts) == "Four, sure"
     asked = await served.chat(messages=begun[:1], echo=True)
     assert asked.json()["choices"][0]["message"]["content"] == " sure"
+    with_tools = await served.post(CHAT, {**body, "tools": [NOW]})
+    assert with_tools.json()["choices"][0]["message"]["content"] == "Four, sure"
 
 
 async def test_a_streamed_echo_is_bounded(served: Any) -> None:
