@@ -16,7 +16,7 @@ endif
 COMPOSE := PORT=$(PORT) $(COMPOSE)
 ROOMS := protos engine_service tokenizer_service frontend kernels local
 
-.PHONY: install native serve test test-gpu check format protos bench bench-gpu up down logs scale clean
+.PHONY: install native serve clients test test-gpu check format protos bench bench-gpu up down logs scale clean
 
 install: .venv/.installed native
 
@@ -34,7 +34,17 @@ native: .venv/.installed
 serve: install
 	@$(BIN)/penstock serve $(MODEL) --host $(HOST) --port $(PORT) $(ARGS)
 
-test: install
+# Real clients in an environment of their own: their pins are not the server's.
+clients: .venv/clients/.installed
+
+.venv/clients/.installed: tests/clients/requirements.txt | install
+	@test -x .venv/clients/bin/python || $(PYTHON) -m venv .venv/clients
+	.venv/clients/bin/python -m pip install --quiet --disable-pip-version-check -r tests/clients/requirements.txt
+	@if command -v npm >/dev/null; then npm install --silent --no-audit --no-fund --prefix .venv/clients/node openai; \
+	  else echo "no npm here: the test of its openai package is skipped"; fi
+	@touch $@
+
+test: install clients
 	$(BIN)/python -m pytest -m "not gpu" $(ARGS)
 
 # Needs only what a GPU image has (torch, triton, transformers, grpc) and a checkout: no install, no network.

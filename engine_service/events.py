@@ -32,6 +32,7 @@ def finished_event(finish: Finish) -> pb.Finished:
         stopped_by_eos=finish.stopped_by_eos,
         timings=_timings_message(finish.timings),
         cumulative_logprob=finish.cumulative_logprob,
+        score=finish.score,
     )
 
 

@@ -5,8 +5,9 @@ Knows no queue and no core; which slot belongs to which request is kept here.
 
 from __future__ import annotations
 
+import asyncio
 import math
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Iterable
 
 from penstock.engine_service.client import Live
 from penstock.engine_service.core.messages import Finish, Logprobs, Started
@@ -22,6 +23,7 @@ class MultiplexSink:
     def __init__(self, on_overflow: Callable[[], object]) -> None:
         self.outgoing: Outgoing[pb.MultiplexEvents] = Outgoing(on_overflow)
         self.slots: dict[int, Live] = {}
+        self.preparing: dict[int, asyncio.Task[None]] = {}  # slots whose start is not yet answered
         self._half_closed = False
         self._reset()
 
@@ -31,6 +33,27 @@ class MultiplexSink:
         """Tells at once which starts were taken and which were not."""
         if accepted or errors:
             self.outgoing.put(pb.MultiplexEvents(accepted=accepted, errors=errors))
+
+    def prepare(self, slot: int, start: Callable[[], Awaitable[None]]) -> None:
+        """Runs a start that answers later."""
+
+        async def run() -> None:
+            try:
+                await start()
+            finally:
+                if self.preparing.get(slot) is task:
+                    del self.preparing[slot]
+                self._end_if_over()
+
+        task = asyncio.create_task(run())
+        self.preparing[slot] = task
+
+    def cancel_preparing(self, slots: Iterable[int] | None = None) -> None:
+        """Gives up these slots' starts, None: all; nothing more is sent for them."""
+        for slot in list(self.preparing) if slots is None else slots:
+            task = self.preparing.pop(slot, None)
+            if task is not None:
+                task.cancel()
 
     def close_input(self) -> None:
         """The caller starts nothing any more."""
@@ -108,7 +131,7 @@ class MultiplexSink:
             del self.slots[live.tag]
 
     def _end_if_over(self) -> None:
-        if self._half_closed and not self.slots:
+        if self._half_closed and not self.slots and not self.preparing:
             self.outgoing.end()
 
     def _reset(self) -> None:

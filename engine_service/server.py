@@ -6,15 +6,19 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, NoReturn, TypeAlias
 
 import grpc
 
 from penstock.engine_service.admission import Admission
 from penstock.engine_service.client import EngineClient, Live, Sink
+from penstock.engine_service.core.messages import AddRequest, Constraint, ConstraintSource, EndChoice, Ready
 from penstock.engine_service.core_keeper import State
 from penstock.engine_service.drain import Drain
 from penstock.engine_service.generate import GenerateSink
+from penstock.engine_service.grammar_checks import GrammarChecks
 from penstock.engine_service.identity import Identity
 from penstock.engine_service.multiplex import MultiplexSink, slot_error
 from penstock.engine_service.validation import Validator
@@ -34,6 +38,20 @@ _STATES = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """A request that may be admitted once its constraint, if it has one, has become a grammar."""
+
+    request: pb.GenerateRequest
+    params: AddRequest
+    source: ConstraintSource | None
+    ready: Ready
+
+    def constrain(self, grammar: str) -> None:
+        after = list(self.request.constraint.starts_after)
+        self.params.constraint = Constraint(grammar, after)
+
+
 class EngineServicer(engine_pb2_grpc.EngineServicer):
     """Every handler ends by itself when its caller leaves: what it started in the core is aborted."""
 
@@ -45,16 +63,19 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
         identity: Identity,
         *,
         queue_timeout_seconds: float,
+        grammars: GrammarChecks,
     ) -> None:
         self._client = client
         self._admission = admission
         self._drain = drain
         self._identity = identity
+        self._grammars = grammars
         self._queue_timeout_us = int(queue_timeout_seconds * 1e6)
 
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> None:
         sink = GenerateSink(_canceller())
-        live = self._admit(request, sink, _time_remaining_us(context))
+        arrival = self._arrive(request, _time_remaining_us(context))
+        live = self._admit(await self._constrained(arrival), sink)
         try:
             await sink.outgoing.pump(context.write)
         finally:
@@ -68,6 +89,7 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
                 await sink.outgoing.pump(context.write)
         finally:
             reader.cancel()
+            sink.cancel_preparing()
             self._client.abort(list(sink.slots.values()))
 
     async def Embed(self, request: pb.EmbedRequest, context: Context) -> NoReturn:
@@ -103,8 +125,8 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
 
     # ------------------------------------------------------------------ inside
 
-    def _admit(self, request: pb.GenerateRequest, sink: Sink, timeout_us: int, tag: int = 0) -> Live:
-        """Validates and queues a request. Raises ApiError."""
+    def _arrive(self, request: pb.GenerateRequest, timeout_us: int) -> Arrival:
+        """Validates a request, all but its grammar. Raises ApiError."""
         self._admission.check_open()
         ready = self._client.ready
         if ready is None:
@@ -112,6 +134,27 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
         validator = Validator(self._identity.models, ready, self._queue_timeout_us)
         now_us = time.monotonic_ns() // 1000
         params = validator.to_core(request, self._client.new_id(), now_us, timeout_us)
+        return Arrival(request, params, validator.constraint(request), ready)
+
+    def _constrained_at_once(self, arrival: Arrival) -> bool:
+        """Whether the request needs no grammar, or one that is known. Raises ApiError."""
+        if arrival.source is None:
+            return True
+        grammar = self._grammars.known(arrival.source)
+        if grammar is not None:
+            arrival.constrain(grammar)
+        return grammar is not None
+
+    async def _constrained(self, arrival: Arrival) -> Arrival:
+        """With the grammar of its constraint. Raises ApiError."""
+        if arrival.source is not None:
+            arrival.constrain(await self._grammars.grammar(arrival.source, arrival.ready))
+        return arrival
+
+    def _admit(self, arrival: Arrival, sink: Sink, tag: int = 0) -> Live:
+        """Queues a request. Raises ApiError."""
+        request, params = arrival.request, arrival.params
+        self._admission.check_open()
         self._admission.check_queue(len(params.prompt))
         live = Live(params, request.request_id, sink, tag)
         self._client.submit(live)
@@ -124,6 +167,11 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
         try:
             async for request in requests:
                 self._client.abort([sink.slots.pop(slot) for slot in request.aborts if slot in sink.slots])
+                sink.cancel_preparing(request.aborts)
+                for ended in request.choice_aborts:
+                    live = sink.slots.get(ended.slot)
+                    if live is not None and live.sent:
+                        self._client.keeper.send(EndChoice(live.id, ended.choice))
                 self._start_all(request, sink)
             sink.close_input()
         except asyncio.CancelledError:
@@ -138,19 +186,31 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
         errors: list[pb.SlotError] = []
         for start in request.starts:
             try:
-                if start.slot in sink.slots:
+                if start.slot in sink.slots or start.slot in sink.preparing:
                     # Nobody could tell the two apart: the slot ends.
-                    self._client.abort([sink.slots.pop(start.slot)])
+                    self._client.abort([sink.slots.pop(start.slot)] if start.slot in sink.slots else [])
+                    sink.cancel_preparing([start.slot])
                     raise ApiError("invalid_value", "The slot is in use.", "slot")
-                sink.slots[start.slot] = self._admit(start.request, sink, start.timeout_us, start.slot)
+                arrival = self._arrive(start.request, start.timeout_us)
+                if not self._constrained_at_once(arrival):
+                    later = partial(self._start_constrained, arrival, sink, start.slot)
+                    sink.prepare(start.slot, later)
+                    continue
+                sink.slots[start.slot] = self._admit(arrival, sink, start.slot)
                 accepted.append(start.slot)
-            except ApiError as error:
-                errors.append(slot_error(start.slot, error))
-            except Exception:
-                log.exception("admitting a request failed")
-                internal = ApiError("internal_error", "An internal error occurred.")
-                errors.append(slot_error(start.slot, internal))
+            except Exception as error:
+                errors.append(slot_error(start.slot, _refusal(error)))
         sink.answer(accepted, errors)
+
+    async def _start_constrained(self, arrival: Arrival, sink: MultiplexSink, slot: int) -> None:
+        """A start whose grammar takes a while; the others of its message do not wait for it."""
+        try:
+            live = self._admit(await self._constrained(arrival), sink, slot)
+        except Exception as error:
+            sink.answer([], [slot_error(slot, _refusal(error))])
+        else:
+            sink.slots[slot] = live
+            sink.answer([slot], [])
 
     def _load(self) -> pb.EngineLoad:
         totals = self._client.totals
@@ -211,6 +271,13 @@ class AdminServicer(engine_pb2_grpc.EngineAdminServicer):
 
     async def Wake(self, request: Any, context: Context) -> NoReturn:
         _refuse("Wake")
+
+
+def _refusal(error: Exception) -> ApiError:
+    if isinstance(error, ApiError):
+        return error
+    log.error("admitting a request failed", exc_info=error)
+    return ApiError("internal_error", "An internal error occurred.")
 
 
 def _canceller() -> Callable[[], object]:

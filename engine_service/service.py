@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from penstock.engine_service.admission import Admission
 from penstock.engine_service.client import EngineClient
@@ -12,6 +13,7 @@ from penstock.engine_service.core.messages import Configure
 from penstock.engine_service.core_keeper import State
 from penstock.engine_service.core_process import COMMAND
 from penstock.engine_service.drain import Drain
+from penstock.engine_service.grammar_checks import GrammarChecks
 from penstock.engine_service.identity import Identity
 from penstock.engine_service.metrics import EngineMetrics, MetricsServer
 from penstock.engine_service.server import AdminServicer, EngineServicer
@@ -53,12 +55,14 @@ class EngineService:
         self.drain = Drain(
             self.client, self.admission, limit_seconds=config.drain_seconds, on_begin=self._stop_serving
         )
+        self.grammars = GrammarChecks(Path(config.model))
         servicer = EngineServicer(
             self.client,
             self.admission,
             self.drain,
             Identity.of(config),
             queue_timeout_seconds=config.queue_timeout_seconds,
+            grammars=self.grammars,
         )
         self.grpc = GrpcService(
             [
@@ -82,6 +86,7 @@ class EngineService:
         """Ends all streams and stops listening."""
         self.drain.end_streams()
         await self.grpc.stop(grace_s)
+        await self.grammars.close()
         if self._metrics_server is not None:
             await asyncio.to_thread(self._metrics_server.close)
 

@@ -10,7 +10,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from penstock.engine_service.core.messages import AddRequest, Ready, Sampling
+from penstock.engine_service import ranking
+from penstock.engine_service.constraint_source import MAX_STARTS_AFTER, constraint_source
+from penstock.engine_service.core.messages import AddRequest, ConstraintSource, Ready, Sampling
 from penstock.protos import engine_pb2 as pb
 from penstock.protos.errors import ApiError
 
@@ -50,10 +52,6 @@ class Validator:
         _refuse_unserved(request)
         prompt = self._prompt(request)
         n = _within(request.n if request.HasField("n") else 1, 1, MAX_N, "n")
-        if request.HasField("best_of") and request.best_of != n:
-            if request.best_of < n:
-                raise _invalid("best_of must be at least n.", "best_of")
-            raise _unserved("best_of")
         _check_prompt_rows(len(prompt), _count(request.output, "prompt_logprobs"))
         stop = request.stop
         max_new, min_new = self._lengths(stop, len(prompt))
@@ -72,7 +70,19 @@ class Validator:
             arrival_us=now_us,
             queue_deadline_us=_after(now_us, self._queue_timeout(request.scheduling)),
             deadline_us=_after(now_us, timeout_us),
+            best_of=ranking.best_of(request, n, MAX_N),
+            beam=ranking.beam(request, n, self.ready),
         )
+
+    def constraint(self, request: pb.GenerateRequest) -> ConstraintSource | None:
+        """What a request's constraint is to be made of. Raises ApiError."""
+        if not request.HasField("constraint"):
+            return None
+        if "constraints" not in self.ready.capabilities:
+            raise _unserved("constraint")
+        after = request.constraint.starts_after
+        self._ids(after, "constraint.starts_after", MAX_STARTS_AFTER)
+        return constraint_source(request.constraint)
 
     def _check_model(self, model: str) -> None:
         if model and model not in self.models:
@@ -171,9 +181,6 @@ def _refuse_unserved(request: pb.GenerateRequest) -> None:
         raise _unserved("prompt_embeds")
     for name in ("media", "kv_transfer"):
         if getattr(request, name):
-            raise _unserved(name)
-    for name in ("constraint", "beam_search"):
-        if request.HasField(name):
             raise _unserved(name)
     if request.scheduling.tenant:
         raise _unserved("scheduling.tenant")

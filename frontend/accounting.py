@@ -114,7 +114,7 @@ class Accounting:
 def usage_body(usage: Usage) -> dict[str, Any]:
     """The usage object of the API. What speculation proposed is told under the names OpenAI has for predicted
     tokens, where there was any."""
-    details = {"reasoning_tokens": 0}
+    details = {"reasoning_tokens": usage.reasoning_tokens}
     if usage.drafted_tokens:
         details["accepted_prediction_tokens"] = usage.accepted_draft_tokens
         details["rejected_prediction_tokens"] = usage.drafted_tokens - usage.accepted_draft_tokens

@@ -83,24 +83,25 @@ def parse_object(body: bytes) -> dict[str, Any]:
         raise ApiError("invalid_type", "The request's body must be a JSON object.")
     # So few brackets and colons cannot make a bad shape; a long prompt need not be walked through.
     if body.count(b"[") + body.count(b"{") > MAX_DEPTH or body.count(b":") > MAX_KEYS:
-        _check_shape(value)
+        check_shape(value)
     return value
 
 
-def _check_shape(value: Any) -> None:
-    """Walks containers only, level by level, so that neither depth nor breadth of an input hurts."""
+def check_shape(value: Any, what: str = "The request's body", param: str | None = None) -> None:
+    """Walks containers only, level by level, so that neither depth nor breadth of an input hurts. Raises
+    ApiError("invalid_value") about `what`."""
     level: list[Any] = [value]
     containers = 0
     for _ in range(MAX_DEPTH):
         inner: list[Any] = []
         containers += len(level)
         if containers > MAX_CONTAINERS:
-            raise ApiError("invalid_value", "The request's body has too many objects and arrays.")
+            raise ApiError("invalid_value", f"{what} has too many objects and arrays.", param)
         for container in level:
             values = container
             if isinstance(container, dict):
                 if len(container) > MAX_KEYS:
-                    raise ApiError("invalid_value", f"An object of the body has more than {MAX_KEYS} keys.")
+                    raise ApiError("invalid_value", f"{what} has an object with too many keys.", param)
                 values = container.values()
             kinds = set(map(type, values))
             if dict in kinds or list in kinds:
@@ -108,7 +109,7 @@ def _check_shape(value: Any) -> None:
         if not inner:
             return
         level = inner
-    raise ApiError("invalid_value", f"The request's body is nested deeper than {MAX_DEPTH} levels.")
+    raise ApiError("invalid_value", f"{what} is nested deeper than {MAX_DEPTH} levels.", param)
 
 
 def _too_large(max_bytes: int) -> ApiError:

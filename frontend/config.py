@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
+from penstock.frontend.text.parsers import check_reasoning_parser, check_tool_parser
 from penstock.protos.settings import Config
 
 LogLevel = Literal["debug", "info", "warning", "error", "critical"]
@@ -60,6 +61,14 @@ class FrontendConfig(Config):
     override_generation_config: str = Field(
         "", description="JSON object of sampling defaults that win over the model's own"
     )
+    tool_call_parser: str = Field(
+        "auto", description="how tool calls are read: auto by the model's template, none, or a format's name"
+    )
+    reasoning_parser: str = Field(
+        "auto",
+        description="how reasoning is set apart: auto by the model's template, none, a format's name, or "
+        "tags:OPENING,CLOSING",
+    )
     log_level: LogLevel = Field("info", description="level of this service's log")
     log_format: Literal["text", "json"] = Field("text", description="log line format")
     uvicorn_log_level: LogLevel = Field("info", description="level of the HTTP server's and access log")
@@ -88,6 +97,16 @@ class FrontendConfig(Config):
     def _clean_prefix(cls, value: str) -> str:
         value = value.strip("/")
         return "/" + value if value else ""
+
+    @field_validator("tool_call_parser")
+    @classmethod
+    def _known_tool_parser(cls, value: str) -> str:
+        return check_tool_parser(value)
+
+    @field_validator("reasoning_parser")
+    @classmethod
+    def _known_reasoning_parser(cls, value: str) -> str:
+        return check_reasoning_parser(value)
 
     @field_validator("override_generation_config")
     @classmethod

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from penstock.frontend.metrics import FrontendMetrics
 from penstock.frontend.sse import SseStream, StreamLimits, WriteBatch
+from penstock.frontend.text.parsers import ParserNames
 from penstock.protos.errors import ApiError
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ class Context:
     services: Services
     metrics: FrontendMetrics
     overrides: Mapping[str, Any] = field(default_factory=dict)
+    parsers: ParserNames = field(default_factory=ParserNames)
     strict: bool = False
     strict_length: bool = False
     max_body_bytes: int = 32 << 20

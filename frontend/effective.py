@@ -32,6 +32,8 @@ def choose_sampling(
     "server", "model" or "default". bad_words stay empty: they need a tokenizer."""
     sampling = engine_pb2.SamplingParams()
     chosen: Chosen = {}
+    if request.use_beam_search:  # looks for what is likely, and draws nothing
+        return sampling, _beam_values(request)
     for name, default in _LAYERED.items():
         value, source = _layered(name, default, request, overrides, model)
         setattr(sampling, name, value)
@@ -48,6 +50,18 @@ def choose_sampling(
         sampling.logit_bias[int(token_id)] = bias
     sampling.allowed_token_ids.extend(request.allowed_token_ids or [])
     return sampling, chosen
+
+
+def _beam_values(request: GenerationRequest) -> Chosen:
+    values: dict[str, Any] = {"length_penalty": 1.0, "early_stopping": False}
+    asked = {name: getattr(request, name) for name in values}
+    chosen = {
+        name: {"value": default, "source": "default"}
+        if asked[name] is None
+        else {"value": asked[name], "source": "request"}
+        for name, default in values.items()
+    }
+    return {"use_beam_search": {"value": True, "source": "request"}, **chosen}
 
 
 def _layered(
@@ -108,6 +122,7 @@ def check_vocabulary(request: GenerationRequest, vocab_size: int) -> None:
         ("logit_bias", map(int, request.logit_bias or {})),
         ("allowed_token_ids", request.allowed_token_ids or []),
         ("stop_token_ids", request.stop_token_ids or []),
+        ("logprob_token_ids", request.logprob_token_ids or []),
     ):
         for token_id in ids:
             if token_id >= vocab_size:

@@ -95,6 +95,10 @@ class EngineConnection(Connection):
         if self._dispatcher.live.pop(slot, None) is not None and abort:
             self._outbox.abort(slot)
 
+    def end_choice(self, slot: int, choice: int) -> None:
+        """One choice of a request that goes on is wanted no more; its finish still comes."""
+        self._outbox.end_choice(slot, choice)
+
     # ------------------------------------------------------------------------------------- health
 
     async def _on_serving(self) -> None:
@@ -211,6 +215,7 @@ class _Outbox:
     def __init__(self) -> None:
         self._starts: dict[int, engine_pb2.SlotStart] = {}
         self._aborts: list[int] = []
+        self._ended: list[engine_pb2.ChoiceAbort] = []
         self._filled = asyncio.Event()
 
     def start(self, start: engine_pb2.SlotStart) -> None:
@@ -223,17 +228,24 @@ class _Outbox:
             self._aborts.append(slot)
             self._filled.set()
 
+    def end_choice(self, slot: int, choice: int) -> None:
+        self._ended.append(engine_pb2.ChoiceAbort(slot=slot, choice=choice))
+        self._filled.set()
+
     def clear(self) -> None:
         self._starts.clear()
         self._aborts.clear()
+        self._ended.clear()
         self._filled.clear()
 
     async def next_batch(self) -> engine_pb2.MultiplexRequest:
         """Waits for work; the message stays below the size limit."""
         while True:
             await self._filled.wait()
-            batch = engine_pb2.MultiplexRequest(aborts=self._aborts)
+            # In the engine ends of choices come behind the aborts of slots, before the starts.
+            batch = engine_pb2.MultiplexRequest(aborts=self._aborts, choice_aborts=self._ended)
             self._aborts.clear()
+            self._ended.clear()
             size = 0
             for slot in list(self._starts):
                 size += self._starts[slot].ByteSize()
@@ -242,5 +254,5 @@ class _Outbox:
                 batch.starts.append(self._starts.pop(slot))
             if not self._starts:
                 self._filled.clear()
-            if batch.starts or batch.aborts:
+            if batch.starts or batch.aborts or batch.choice_aborts:
                 return batch

@@ -20,7 +20,10 @@ TAG_PREFIX = "~"
 _PRINTABLE = re.compile(r"[^\x20-\x7e]")
 
 # Fields of the engine's contract that have another name in the API.
-_API_NAMES = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens", "salt": "cache_salt"}
+_API_NAMES = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens", "salt": "cache_salt"} | {
+    "width": "best_of",
+    "exhaustive": "early_stopping",
+}
 
 _TYPE_NAMES = {
     "int_type": "an integer",
@@ -98,9 +101,12 @@ def _sentence(kind: str, found: ErrorDetails) -> str:
     return printable(found["msg"], 500).rstrip(".")
 
 
-def in_api_names(error: ApiError, prompt_param: str) -> ApiError:
-    """The engine's error, its param as callers know it. prompt_param: the endpoint's name of the prompt."""
-    if error.param is not None:
+def in_api_names(error: ApiError, prompt_param: str, constraint_param: str | None = None) -> ApiError:
+    """The engine's error, its param as callers know it. prompt_param: the endpoint's name of the prompt;
+    constraint_param: the field that asked for a constraint, None: no field of the caller's."""
+    if error.param is not None and error.param.partition(".")[0] == "constraint":
+        error.param = constraint_param
+    elif error.param is not None:
         name = error.param.rpartition(".")[2]
         error.param = prompt_param if name in ("prompt", "prompt_ids") else _API_NAMES.get(name, name)
     return error

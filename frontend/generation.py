@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from penstock.frontend.handle import Handle
 from penstock.frontend.logprobs import LogprobRow, TokenLogprob, entry, prompt_entries
+from penstock.frontend.text.options import TextOptions
 from penstock.frontend.text.pipeline import TextPipeline
 from penstock.frontend.text.vocabulary import Vocabulary
 from penstock.protos import common_pb2, engine_pb2
@@ -34,22 +35,6 @@ _LENGTH = common_pb2.FINISH_REASON_LENGTH
 _ABORTED = common_pb2.FINISH_REASON_ABORTED
 
 
-@dataclass(frozen=True, slots=True)
-class TextOptions:
-    """How token ids become text.
-
-    stop: strings that end a choice; include_stop keeps the one found. logprobs: alternatives wanted per
-    token, None: no log-probabilities. keep_token_ids: fill `Delta.token_ids`.
-    """
-
-    skip_special_tokens: bool = True
-    spaces_between_special_tokens: bool = True
-    stop: tuple[str, ...] = ()
-    include_stop: bool = False
-    logprobs: int | None = None
-    keep_token_ids: bool = False
-
-
 @dataclass(slots=True)
 class Usage:
     """Cumulative token counts of the engine request. The prompt counts once, completions over all choices."""
@@ -59,6 +44,7 @@ class Usage:
     completion_tokens: int = 0
     drafted_tokens: int = 0
     accepted_draft_tokens: int = 0
+    reasoning_tokens: int = 0
 
 
 @dataclass(slots=True)
@@ -170,17 +156,9 @@ class Generation:
         self.wants_logprobs = options.logprobs is not None
         self._choices = [
             _Choice(
-                TextPipeline.create(
-                    vocabulary,
-                    self._prompt_ids,
-                    skip_special_tokens=options.skip_special_tokens,
-                    spaces_between_special_tokens=options.spaces_between_special_tokens,
-                    stop=options.stop,
-                    include_stop=options.include_stop,
-                    min_tokens=request.stop.min_new_tokens,
-                )
+                TextPipeline.of(vocabulary, self._prompt_ids, options, choice, request.stop.min_new_tokens)
             )
-            for _ in range(request.n if request.HasField("n") else 1)
+            for choice in range(request.n if request.HasField("n") else 1)
         ]
         self._num_running = len(self._choices)  # whose finish the listener has not got
         self._num_at_engine = len(self._choices)  # that the engine has not finished
@@ -369,6 +347,8 @@ class Generation:
         self._listener.on_delta(Delta(index, text, token_ids, logprobs, reason, stop_reason, self.usage))
         if not self._num_running:
             self._end("finished")
+        elif isinstance(stop_reason, str) and self._engine is not None:
+            self._engine.end_choice(self._slot, index)
 
     def _take_usage(self, usage: common_pb2.Usage) -> None:
         self.usage.prompt_tokens = usage.prompt_tokens or self.usage.prompt_tokens

@@ -19,7 +19,7 @@ Alternative = tuple[str, bytes, int, float]
 class TokenLogprob:
     """One token. `token` is its text at its place (U+FFFD where it holds part of a character), `bytes` its
     raw bytes, `logprob` in nats (may be -inf), `rank` 1 for the most probable. `top`: the alternatives, best
-    first, as (token, bytes, id, logprob)."""
+    first, as (token, bytes, id, logprob), or those asked for."""
 
     token: str
     bytes: bytes
@@ -27,6 +27,7 @@ class TokenLogprob:
     logprob: float
     rank: int
     top: list[Alternative]
+    special: bool = False  # shown here, but in the text only on request
 
 
 def entry(vocabulary: Vocabulary, token_id: int, row: LogprobRow, first: bool) -> TokenLogprob:
@@ -37,7 +38,7 @@ def entry(vocabulary: Vocabulary, token_id: int, row: LogprobRow, first: bool) -
         for other, value in zip(alternative_ids, alternative_logprobs, strict=True)
     ]
     text, raw = vocabulary.text(token_id, first), vocabulary.raw(token_id, first)
-    return TokenLogprob(text, raw, token_id, logprob, rank, top)
+    return TokenLogprob(text, raw, token_id, logprob, rank, top, token_id in vocabulary.special_ids)
 
 
 def prompt_entries(
@@ -47,8 +48,10 @@ def prompt_entries(
     width = rows.num_alternatives
     ids, values = list(rows.alternative_ids), list(rows.alternative_logprobs)
     entries: list[TokenLogprob | None] = [None]
+    at_start = prompt_ids[0] in vocabulary.special_ids
     for i in range(1, len(prompt_ids)):
         span = slice(i * width, (i + 1) * width)
         row = (rows.logprobs[i], rows.ranks[i], ids[span], values[span])
-        entries.append(entry(vocabulary, prompt_ids[i], row, False))
+        entries.append(entry(vocabulary, prompt_ids[i], row, at_start))
+        at_start = at_start and prompt_ids[i] in vocabulary.special_ids
     return entries

@@ -17,6 +17,7 @@ from penstock.frontend.metrics import FrontendMetrics
 from penstock.frontend.peers import Peers
 from penstock.frontend.services import Services
 from penstock.frontend.sse import StreamLimits
+from penstock.frontend.text.parsers import ParserNames
 from penstock.protos import log as logs
 from penstock.protos import loop, serving
 from penstock.protos.serving import on_shutdown_signal
@@ -80,6 +81,7 @@ class Frontend:
             services=self.services,
             metrics=FrontendMetrics(config.vllm_metrics),
             overrides=parse_override(config.override_generation_config),
+            parsers=ParserNames(config.tool_call_parser, config.reasoning_parser),
             strict=config.strict,
             strict_length=config.strict_length,
             max_body_bytes=config.max_body_bytes,

@@ -6,6 +6,7 @@ import orjson
 
 from penstock.frontend.api.chat_request import ChatRequest, messages_json
 from penstock.frontend.api.completions_request import CompletionRequest
+from penstock.frontend.api.tool_use import ToolUse
 from penstock.frontend.catalog import Model
 from penstock.frontend.effective import check_prompt_ids
 from penstock.frontend.tokenizer_client import ModelTokenizer
@@ -21,8 +22,10 @@ async def render_chat(
     raw_messages: object,
     request_id: str,
     timeout_s: float | None,
+    use: ToolUse | None = None,
 ) -> tokenizer_pb2.RenderResponse:
-    """raw_messages: as the client sent them. Raises ApiError: template errors, context_length_exceeded."""
+    """raw_messages: as the client sent them. use: the tools to tell the model of. Raises ApiError: template
+    errors, context_length_exceeded."""
     render = tokenizer_pb2.RenderRequest(
         request_id=request_id,
         model=tokenizer.info.model,
@@ -30,6 +33,8 @@ async def render_chat(
         continue_final_message=bool(request.continue_final_message),
         add_special_tokens=bool(request.add_special_tokens),
     )
+    if use is not None:
+        render.tools_json = orjson.dumps(use.for_template())
     if request.documents:
         render.documents_json = orjson.dumps(request.documents)
     if request.chat_template_kwargs:
@@ -81,6 +86,28 @@ async def encode_prompts(
             name = "prompt" if isinstance(request.prompt, str) else f"prompt[{index}]"
             raise ApiError("invalid_value", f"'{name}' has no tokens.", name)
     return prompts
+
+
+async def encode_gaps(
+    tokenizer: ModelTokenizer,
+    model: Model,
+    request: CompletionRequest,
+    request_id: str,
+    timeout_s: float | None,
+) -> tuple[list[list[int]], list[int]]:
+    """The ids that ask for what stands between each prompt and the request's suffix, and the ids that end
+    such an answer. Raises ApiError, unsupported_parameter for a model that cannot."""
+    encode = tokenizer_pb2.EncodeRequest(
+        request_id=request_id,
+        model=tokenizer.info.model,
+        texts=request.texts or [],
+        suffix=request.suffix or "",
+        max_tokens=max(1, model.info.max_model_len - 1),
+    )
+    if request.add_special_tokens is not None:
+        encode.add_special_tokens = request.add_special_tokens
+    answer = await tokenizer.encode(encode, timeout_s)
+    return [list(encoding.ids) for encoding in answer.encodings], list(answer.stop_token_ids)
 
 
 async def encode_bad_words(

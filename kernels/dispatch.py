@@ -17,6 +17,7 @@ REFERENCE = "reference"
 # op -> device type -> modules, the best first. What is not listed runs the reference.
 _BY_DEVICE: dict[str, dict[str, tuple[str, ...]]] = {
     "activation": {"cpu": ("native",), "cuda": ("triton",)},
+    "block_copy": {},
     "embedding": {"cuda": ("triton",)},
     "inputs": {"cuda": ("triton",)},
     "int8": {"cpu": ("cpu",)},

@@ -141,14 +141,16 @@ class SamplingParams(_message.Message):
     def __init__(self, temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., min_p: _Optional[float] = ..., seed: _Optional[int] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., logit_bias: _Optional[_Mapping[int, float]] = ..., allowed_token_ids: _Optional[_Iterable[int]] = ..., bad_words: _Optional[_Iterable[_Union[_common_pb2.TokenIds, _Mapping]]] = ...) -> None: ...
 
 class BeamSearch(_message.Message):
-    __slots__ = ("width", "length_penalty", "early_stopping")
+    __slots__ = ("width", "length_penalty", "early_stopping", "exhaustive")
     WIDTH_FIELD_NUMBER: _ClassVar[int]
     LENGTH_PENALTY_FIELD_NUMBER: _ClassVar[int]
     EARLY_STOPPING_FIELD_NUMBER: _ClassVar[int]
+    EXHAUSTIVE_FIELD_NUMBER: _ClassVar[int]
     width: int
     length_penalty: float
     early_stopping: bool
-    def __init__(self, width: _Optional[int] = ..., length_penalty: _Optional[float] = ..., early_stopping: _Optional[bool] = ...) -> None: ...
+    exhaustive: bool
+    def __init__(self, width: _Optional[int] = ..., length_penalty: _Optional[float] = ..., early_stopping: _Optional[bool] = ..., exhaustive: _Optional[bool] = ...) -> None: ...
 
 class StopCriteria(_message.Message):
     __slots__ = ("max_new_tokens", "min_new_tokens", "stop_token_ids", "ignore_eos")
@@ -287,12 +289,22 @@ class Finished(_message.Message):
     def __init__(self, reason: _Optional[_Union[_common_pb2.FinishReason, str]] = ..., stop_token_id: _Optional[int] = ..., stopped_by_eos: _Optional[bool] = ..., timings: _Optional[_Union[_common_pb2.Timings, _Mapping]] = ..., cumulative_logprob: _Optional[float] = ..., score: _Optional[float] = ...) -> None: ...
 
 class MultiplexRequest(_message.Message):
-    __slots__ = ("starts", "aborts")
+    __slots__ = ("starts", "aborts", "choice_aborts")
     STARTS_FIELD_NUMBER: _ClassVar[int]
     ABORTS_FIELD_NUMBER: _ClassVar[int]
+    CHOICE_ABORTS_FIELD_NUMBER: _ClassVar[int]
     starts: _containers.RepeatedCompositeFieldContainer[SlotStart]
     aborts: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, starts: _Optional[_Iterable[_Union[SlotStart, _Mapping]]] = ..., aborts: _Optional[_Iterable[int]] = ...) -> None: ...
+    choice_aborts: _containers.RepeatedCompositeFieldContainer[ChoiceAbort]
+    def __init__(self, starts: _Optional[_Iterable[_Union[SlotStart, _Mapping]]] = ..., aborts: _Optional[_Iterable[int]] = ..., choice_aborts: _Optional[_Iterable[_Union[ChoiceAbort, _Mapping]]] = ...) -> None: ...
+
+class ChoiceAbort(_message.Message):
+    __slots__ = ("slot", "choice")
+    SLOT_FIELD_NUMBER: _ClassVar[int]
+    CHOICE_FIELD_NUMBER: _ClassVar[int]
+    slot: int
+    choice: int
+    def __init__(self, slot: _Optional[int] = ..., choice: _Optional[int] = ...) -> None: ...
 
 class SlotStart(_message.Message):
     __slots__ = ("slot", "request", "timeout_us")

@@ -91,7 +91,7 @@ class RenderedMedia(_message.Message):
     def __init__(self, kind: _Optional[str] = ..., offset: _Optional[int] = ..., length: _Optional[int] = ..., hash: _Optional[bytes] = ...) -> None: ...
 
 class EncodeRequest(_message.Message):
-    __slots__ = ("request_id", "model", "texts", "pairs", "add_special_tokens", "truncate_tokens", "truncation_side", "return_offsets", "return_tokens", "max_tokens")
+    __slots__ = ("request_id", "model", "texts", "pairs", "add_special_tokens", "truncate_tokens", "truncation_side", "return_offsets", "return_tokens", "max_tokens", "suffix")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     TEXTS_FIELD_NUMBER: _ClassVar[int]
@@ -102,6 +102,7 @@ class EncodeRequest(_message.Message):
     RETURN_OFFSETS_FIELD_NUMBER: _ClassVar[int]
     RETURN_TOKENS_FIELD_NUMBER: _ClassVar[int]
     MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    SUFFIX_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     model: str
     texts: _containers.RepeatedScalarFieldContainer[str]
@@ -112,13 +113,16 @@ class EncodeRequest(_message.Message):
     return_offsets: bool
     return_tokens: bool
     max_tokens: int
-    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., texts: _Optional[_Iterable[str]] = ..., pairs: _Optional[_Iterable[str]] = ..., add_special_tokens: _Optional[bool] = ..., truncate_tokens: _Optional[int] = ..., truncation_side: _Optional[_Union[TruncationSide, str]] = ..., return_offsets: _Optional[bool] = ..., return_tokens: _Optional[bool] = ..., max_tokens: _Optional[int] = ...) -> None: ...
+    suffix: str
+    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., texts: _Optional[_Iterable[str]] = ..., pairs: _Optional[_Iterable[str]] = ..., add_special_tokens: _Optional[bool] = ..., truncate_tokens: _Optional[int] = ..., truncation_side: _Optional[_Union[TruncationSide, str]] = ..., return_offsets: _Optional[bool] = ..., return_tokens: _Optional[bool] = ..., max_tokens: _Optional[int] = ..., suffix: _Optional[str] = ...) -> None: ...
 
 class EncodeResponse(_message.Message):
-    __slots__ = ("encodings",)
+    __slots__ = ("encodings", "stop_token_ids")
     ENCODINGS_FIELD_NUMBER: _ClassVar[int]
+    STOP_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     encodings: _containers.RepeatedCompositeFieldContainer[Encoding]
-    def __init__(self, encodings: _Optional[_Iterable[_Union[Encoding, _Mapping]]] = ...) -> None: ...
+    stop_token_ids: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, encodings: _Optional[_Iterable[_Union[Encoding, _Mapping]]] = ..., stop_token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Encoding(_message.Message):
     __slots__ = ("ids", "token_type_ids", "offsets", "tokens")

@@ -59,9 +59,9 @@ def render(head: dict[str, Any], source: str, parts: list[bytes]) -> tuple[dict[
     effort = head["reasoning_effort"]
     if effort is not None:
         talk.variables["reasoning_effort"] = effort
-        if effort == "none":
-            talk.variables.setdefault("enable_thinking", False)
-            talk.variables.setdefault("thinking", False)
+        # Templates that only know whether to think at all; the caller's own arguments win.
+        talk.variables.setdefault("enable_thinking", effort != "none")
+        talk.variables.setdefault("thinking", effort != "none")
     prompt = compile_template(source).render(talk, head["content_format"], head["max_output_bytes"])
     data = encode_text(prompt.text)
     if len(data) > head["max_output_bytes"]:

@@ -15,6 +15,7 @@ from penstock.protos.errors import ApiError
 from penstock.protos.log import request_id
 from penstock.tokenizer_service import templates
 from penstock.tokenizer_service.chat import ChatOptions, ChatPrompt, ChatRenderer, check_final_message
+from penstock.tokenizer_service.infill import Infill, no_infill
 from penstock.tokenizer_service.lanes import Lanes
 from penstock.tokenizer_service.metrics import TokenizerMetrics
 from penstock.tokenizer_service.multiplex import CallStream
@@ -54,6 +55,7 @@ class TokenizerServicer(tokenizer_pb2_grpc.TokenizerServicer):
         self._chat = chat
         self._lanes = lanes
         self._metrics = metrics
+        self._infill = Infill.of(tokenizer)
 
     async def Render(
         self, request: tokenizer_pb2.RenderRequest, context: Context
@@ -91,11 +93,37 @@ class TokenizerServicer(tokenizer_pb2_grpc.TokenizerServicer):
                 raise ApiError(
                     "invalid_value", "pairs must be empty or have one entry for each text.", "pairs"
                 )
+            if request.HasField("suffix"):
+                return await self._encode_infill(request, texts)
             size = _checked_size(texts, pairs, request.max_tokens)
             work = partial(self._tokenizer.encode, texts, pairs, _encode_options(request))
             rows = await self._lanes.run(size, work)
             self._metrics.tokens("Encode", sum(len(row.ids) for row in rows))
             return tokenizer_pb2.EncodeResponse(encodings=[_encoding(row) for row in rows])
+
+    async def _encode_infill(
+        self, request: tokenizer_pb2.EncodeRequest, texts: list[str]
+    ) -> tokenizer_pb2.EncodeResponse:
+        options = _encode_options(request)
+        if request.pairs or options.truncate is not None or options.offsets or options.tokens:
+            raise ApiError("invalid_value", "A suffix cannot be had together with that.", "suffix")
+        if self._infill is None:
+            raise no_infill()
+        size = _checked_size([*texts, request.suffix], [], request.max_tokens)
+        work = partial(
+            self._infill.encode,
+            self._tokenizer,
+            texts,
+            request.suffix,
+            options.add_special_tokens,
+            options.max_tokens,
+        )
+        rows = await self._lanes.run(size, work)
+        self._metrics.tokens("Encode", sum(map(len, rows)))
+        return tokenizer_pb2.EncodeResponse(
+            encodings=[tokenizer_pb2.Encoding(ids=ids) for ids in rows],
+            stop_token_ids=self._infill.end_ids,
+        )
 
     async def Decode(
         self, request: tokenizer_pb2.DecodeRequest, context: Context

@@ -115,6 +115,14 @@ class LoadedTokenizer:
             raise too_long(len(row), options.max_tokens, "prompt")
         return _encoded(row, isinstance(given, tuple), options)
 
+    def token_id(self, text: str) -> int | None:
+        """The id of exactly this token."""
+        return self._tokenizer.token_to_id(text)
+
+    def encode_parts(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of texts that are parts of a prompt: no special tokens around them."""
+        return [row.ids for row in self._encode(texts, False)]
+
     def encode_prompt(self, text: str, add_special_tokens: bool) -> list[int]:
         """The ids of a rendered prompt. A template that writes the first token itself does not get two."""
         ids: list[int] = self._encode([text], add_special_tokens)[0].ids

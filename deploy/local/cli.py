@@ -24,6 +24,7 @@ COMMANDS = {
     "engine": "run an engine service alone",
     "chat": "talk to a server in the terminal",
     "bench": "measure a server, the engine or the kernels",
+    "batch": "run a file of requests in OpenAI's batch format",
     "config": "print every setting and where its value comes from",
     "version": "print versions",
 }
@@ -36,6 +37,7 @@ USAGE = {
     "engine": " [MODEL]",
     "chat": "",
     "bench": " serve|offline|step|frontend|suite|engine|kernels",
+    "batch": " -i FILE -o FILE [MODEL]",
 }
 
 
@@ -102,7 +104,7 @@ def _parser(command: str, *, name: str | None = None) -> argparse.ArgumentParser
     parser = argparse.ArgumentParser(
         prog=f"penstock {name or command}",
         usage=f"penstock {name or command}{USAGE[command]} [options]",
-        description=COMMANDS[command].capitalize() + ".",
+        description=COMMANDS[command][0].upper() + COMMANDS[command][1:] + ".",
         allow_abbrev=False,
     )
     parser.add_argument(
@@ -217,6 +219,19 @@ def _bench(words: list[str]) -> int:
     return bench.run(_simple(parser, words, bench.BenchConfig, drop=("what",)))
 
 
+def _batch(words: list[str]) -> int:
+    from penstock.local import batch
+    from penstock.protos import settings
+
+    parser = _parser("batch")
+    absent = argparse.SUPPRESS
+    parser.add_argument("-i", dest="input_file", metavar="FILE", default=absent, help="--input-file")
+    parser.add_argument("-o", dest="output_file", metavar="FILE", default=absent, help="--output-file")
+    parser.add_argument("model", nargs="?", metavar="MODEL", default=absent, help="model to serve meanwhile")
+    settings.add_arguments(parser, batch.BatchConfig, skip=["model"])
+    return batch.run(_simple(parser, words, batch.BatchConfig))
+
+
 def _simple(
     parser: argparse.ArgumentParser, words: list[str], config: type[Any], drop: tuple[str, ...] = ()
 ) -> Any:
@@ -249,11 +264,11 @@ def _version(words: list[str]) -> int:
 
 
 def _warn_unknown_environment(given: Given) -> None:
-    from penstock.local import bench, chat, options
+    from penstock.local import batch, bench, chat, options
     from penstock.protos import settings
 
     configs: list[type[settings.Config]] = [options.ServeConfig, *options.SERVICES.values()]
-    configs += [chat.ChatConfig, bench.BenchConfig]
+    configs += [chat.ChatConfig, bench.BenchConfig, batch.BatchConfig]
     for name in settings.warn_unknown_environment(configs, given.environ):
         print(f"penstock: warning: nothing reads the environment variable {name}", file=sys.stderr)
 
@@ -265,6 +280,7 @@ _RUNNERS: dict[str, Callable[[list[str]], int]] = {
     "engine": _service("engine"),
     "chat": _chat,
     "bench": _bench,
+    "batch": _batch,
     "config": _config,
     "version": _version,
 }

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-from penstock.engine_service.core.messages import LENGTH, AddRequest, Finish, Logprobs, Ready, Sampling
+from penstock.engine_service.core.messages import LENGTH, AddRequest, Beam, Finish, Logprobs, Ready, Sampling
 from penstock.frontend.text.pipeline import TextPipeline
 from penstock.frontend.text.vocabulary import Vocabulary
 from penstock.local.outputs import CompletionOutput, Logprob, RequestOutput
@@ -48,6 +48,19 @@ def core_request(
         min_new_tokens=min(params.min_tokens, new_tokens),
         stop_token_ids=list(params.stop_token_ids or ()),
         eos_token_ids=[] if params.ignore_eos else [*ready.eos_token_ids, *turn_ends],
+        best_of=0 if params.use_beam_search else params.num_candidates,
+        beam=_beam(params),
+    )
+
+
+def _beam(params: SamplingParams) -> Beam | None:
+    if not params.use_beam_search:
+        return None
+    return Beam(
+        params.num_candidates,
+        float(params.length_penalty),
+        params.early_stopping is True,
+        params.early_stopping == "never",
     )
 
 

@@ -8,10 +8,20 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 MAX_LOGPROBS = 20
 MAX_N = 128
+MAX_BEAMS = 32
+# What changes the probabilities that beams are ranked by, with what leaves them as they are.
+_NEUTRAL_FOR_BEAMS: dict[str, tuple[float, ...]] = {
+    "top_p": (1,),
+    "top_k": (-1, 0),
+    "min_p": (0,),
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+    "repetition_penalty": (1,),
+}
 MAX_STOP_STRINGS = 16
 MAX_BIASES = 1024
 MAX_BAD_WORDS = 128
@@ -21,13 +31,15 @@ _INT64 = 2**63
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SamplingParams:
     """Raises ValueError that begins with the parameter's name for a value out of range, and for a feature
-    that is not served: beam search, best_of other than n, structured outputs.
+    that is not served: structured outputs, and with beam search what changes probabilities.
 
     temperature: [0, 2], 0 is greedy. top_p: (0, 1]. top_k: -1 or 0 for all. min_p: [0, 1]. penalties:
     presence and frequency [-2, 2], repetition (0, 2]. seed: the same seed gives the same tokens in any batch.
     max_tokens: per choice, None to the end of the context. min_tokens: bans end-of-sequence and stop tokens
     until reached. logprobs, prompt_logprobs: alternatives per token, 0..20. truncate_prompt_tokens: keeps
-    the last so many.
+    the last so many. best_of: so many candidates, of which the n of the highest mean log-probability (of all
+    their tokens, whatever stop strings cut) come back, best first. use_beam_search: with best_of or else n
+    beams, at most 32; length_penalty: exponent on the length, [-5, 5]; early_stopping: true, false, "never".
     """
 
     n: int = 1
@@ -57,6 +69,7 @@ class SamplingParams:
     allowed_token_ids: Sequence[int] | None = None
     use_beam_search: bool = False
     length_penalty: float = 1.0
+    early_stopping: bool | Literal["never"] = False
     structured_outputs: Any = None
     guided_decoding: Any = None
     logits_processors: Any = None
@@ -64,6 +77,10 @@ class SamplingParams:
     def __post_init__(self) -> None:
         self._refuse_what_is_not_served()
         _whole("n", self.n, 1, MAX_N)
+        if self.best_of is not None:
+            _whole("best_of", self.best_of, self.n, MAX_BEAMS if self.use_beam_search else MAX_N)
+        _real("length_penalty", self.length_penalty, -5, 5)
+        self._check_beams()
         _real("temperature", self.temperature, 0, 2)
         _real("top_p", self.top_p, 0, 1, low_allowed=False)
         _whole("top_k", self.top_k, -1, 2**31 - 1)
@@ -89,6 +106,26 @@ class SamplingParams:
         if self.stop is None:
             return ()
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+    @property
+    def num_candidates(self) -> int:
+        return max(self.n, self.best_of or 1)
+
+    def _check_beams(self) -> None:
+        if self.early_stopping not in (True, False, "never"):
+            raise ValueError("early_stopping: true, false or 'never'")
+        if not self.use_beam_search:
+            for name, off in (("length_penalty", 1.0), ("early_stopping", False)):
+                if getattr(self, name) != off:
+                    raise ValueError(f"{name}: needs use_beam_search")
+            return
+        _whole("n", self.n, 1, MAX_BEAMS)
+        for name, neutral in _NEUTRAL_FOR_BEAMS.items():
+            if getattr(self, name) not in neutral:
+                raise ValueError(f"{name}: not supported with beam search")
+        for name in ("logit_bias", "allowed_token_ids", "bad_words"):
+            if getattr(self, name):
+                raise ValueError(f"{name}: not supported with beam search")
 
     def _check_lists(self) -> None:
         stops = self.stop_strings
@@ -118,9 +155,6 @@ class SamplingParams:
 
     def _refuse_what_is_not_served(self) -> None:
         refused = {
-            "best_of": self.best_of not in (None, self.n),
-            "use_beam_search": bool(self.use_beam_search),
-            "length_penalty": self.length_penalty != 1.0,
             "structured_outputs": self.structured_outputs is not None,
             "guided_decoding": self.guided_decoding is not None,
             "logits_processors": bool(self.logits_processors),

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from penstock.engine_service.core.plan import StepPlan
 from penstock.engine_service.core.slots import Int64s
+from penstock.kernels.block_copy import copy_blocks
 from penstock.kernels.paged_attention import AttentionBatch
 
 
@@ -23,6 +24,15 @@ class StepTensors:
     slots: Tensor  # [T] int64, where each token's key and value go
     attention: AttentionBatch
     query_starts: list[int]  # [S], first row of each sequence
+    copies: Tensor | None = None  # [C, 2] int64: before anything else, block [i, 0] to block [i, 1]
+
+
+def copy_first(step: StepTensors, kv_caches: list[Tensor]) -> None:
+    """Makes the step's block copies, in the cache of each layer."""
+    if step.copies is not None:
+        sources, targets = step.copies.unbind(1)
+        for kv_cache in kv_caches:
+            copy_blocks(kv_cache, sources, targets)
 
 
 class BatchBuilder:
@@ -69,6 +79,7 @@ class BatchBuilder:
             self._place(slots),
             attention,
             query_starts.tolist(),
+            self._place(plan.copies) if len(plan.copies) else None,
         )
 
     def _place(self, array: Int64s | NDArray[np.int64]) -> Tensor:

@@ -14,7 +14,9 @@ from torch import Tensor
 from penstock.engine_service.backends.base import Backend
 from penstock.engine_service.backends.cpu import CpuBackend
 from penstock.engine_service.backends.quantized import quantized
+from penstock.engine_service.core.constraints import Constraints
 from penstock.engine_service.core.device_build import DeviceParts, device_parts, suits
+from penstock.engine_service.core.grammar_compiler import TOKENIZER_FILE, GrammarCompiler, can_compile
 from penstock.engine_service.core.memory import block_bytes, cache_dtype, make_kv_caches, num_blocks
 from penstock.engine_service.core.messages import Configure, Ready
 from penstock.engine_service.core.plan import Runner
@@ -41,6 +43,8 @@ _CAPABILITIES = [
     "logit_bias",
     "bad_words",
     "priority",
+    "beam_search",
+    "best_of",
 ]
 _LOADED = "loaded"  # where the ranks of a group wait for each other
 
@@ -55,6 +59,7 @@ class Built:
     block_size: int
     max_model_len: int
     vocab_size: int
+    constraints: Constraints | None = None
 
 
 def build(configure: Configure, on_progress: Callable[[int, int], None]) -> Built:
@@ -79,6 +84,7 @@ def build(configure: Configure, on_progress: Callable[[int, int], None]) -> Buil
 
         group.lead()
         model = ParallelModel(model, group)
+    constraints = _constraints(folder, spec, generation)
     runner: Runner
     if loaded.parts is not None:
         runner = loaded.parts.build(loaded.num_blocks)
@@ -87,12 +93,19 @@ def build(configure: Configure, on_progress: Callable[[int, int], None]) -> Buil
         runner = HostRunner(model, backend, loaded.kv_caches, sampler, configure.block_size)
     return Built(
         runner=runner,
-        ready=_ready(configure, spec, generation, loaded),
+        ready=_ready(configure, spec, generation, loaded, constraints is not None),
         num_blocks=loaded.num_blocks,
         block_size=configure.block_size,
         max_model_len=loaded.max_model_len,
         vocab_size=spec.vocab_size,
+        constraints=constraints,
     )
+
+
+def _constraints(folder: Path, spec: ModelSpec, generation: Generation) -> Constraints | None:
+    if not can_compile(folder):
+        return None
+    return Constraints(GrammarCompiler(folder / TOKENIZER_FILE, spec.vocab_size, generation.eos_token_ids))
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,10 +236,13 @@ def _ready(
     spec: ModelSpec,
     generation: Generation,
     loaded: Loaded,
+    constrains: bool,
 ) -> Ready:
     capabilities = [
         name for name in _CAPABILITIES if name != "prefix_caching" or configure.enable_prefix_caching
     ]
+    if constrains:
+        capabilities.append("constraints")
     if configure.quantization not in ("", "none"):
         capabilities.append(f"{configure.quantization}_weights")
     if configure.kv_cache_dtype != "auto":

@@ -12,11 +12,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from penstock.engine_service.core.logit_edits import LogitEdits
+from penstock.engine_service.core.logit_edits import LogitEdits, Mask
 from penstock.engine_service.core.upload import Upload
 from penstock.kernels import sampling
-
-Mask = NDArray[np.int32]  # a bit per token, bit i % 32 of word i // 32; 0 forbids it
 
 
 @dataclass(slots=True, frozen=True)

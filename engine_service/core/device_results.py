@@ -54,6 +54,9 @@ class Found(Protocol):
     @property
     def logprobs(self) -> dict[int, Logprobs]: ...
 
+    @property
+    def ended(self) -> set[int]: ...
+
 
 class Launched(Protocol):
     """Sampling that has been queued: ids int32 [R] and all results int32 [n], on the device."""
@@ -127,6 +130,6 @@ class DeviceStep:
                 result.prompt_logprobs[row] = scored
         if self._sampling is not None:
             found = self._sampling.collect()
-            rows = SampledRows(found.tokens.astype(np.int64), found.errors, found.logprobs)
+            rows = SampledRows(found.tokens.astype(np.int64), found.errors, found.logprobs, found.ended)
             accept(self._plan, SampleRows(self._sampling.rows.sequences), rows, result)
         return result

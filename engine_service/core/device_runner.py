@@ -106,6 +106,8 @@ class DeviceRunner:
     def _start(self, plan: StepPlan) -> Step:
         packed = self._packer.pack(plan, self._staging.next())
         self._staging.send(packed.num_words)
+        if len(plan.copies):
+            self._work.copy_blocks(plan.copies)
         if packed.decode:
             self._graphs.run(self._buckets.decode(packed.num_seqs))
         else:

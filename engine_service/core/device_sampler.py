@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
 
@@ -21,13 +20,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from penstock.engine_service.core.device_edits import DeviceEdits, Mask, RowEdits
+from penstock.engine_service.core.constraint_masks import ConstraintMasks, RowMasks
+from penstock.engine_service.core.device_edits import DeviceEdits, RowEdits
 from penstock.engine_service.core.device_logprobs import DeviceLogprobs
 from penstock.engine_service.core.device_slots import DeviceSlots
-from penstock.engine_service.core.logit_edits import LogitEdits
+from penstock.engine_service.core.logit_edits import LogitEdits, Mask
 from penstock.engine_service.core.messages import Logprobs, RequestError, Sampling
 from penstock.engine_service.core.request import Sequence
-from penstock.engine_service.core.sampling_state import SamplingState
+from penstock.engine_service.core.sampling_state import SamplingState, needs_host_tokens
 from penstock.engine_service.core.upload import Upload
 from penstock.kernels import sampling
 
@@ -50,6 +50,7 @@ class DeviceTokens:
     errors: dict[int, RequestError]
     edited: dict[int, SamplingState]
     logprobs: DeviceLogprobs | None
+    constrained: RowMasks
 
     @property
     def ids(self) -> Tensor:
@@ -58,11 +59,13 @@ class DeviceTokens:
 
 @dataclass(slots=True, eq=False)
 class SampledRows:
-    """What `collect` found: tokens int32 [R] (-1 for rows with an error), errors and logprobs by row."""
+    """What `collect` found: tokens int32 [R] (-1 for rows with an error), errors and logprobs by row, and the
+    rows whose constraint is complete with their token."""
 
     tokens: NDArray[np.int32]
     errors: dict[int, RequestError]
     logprobs: dict[int, Logprobs]
+    ended: set[int]
 
 
 class DeviceSampler:
@@ -71,6 +74,7 @@ class DeviceSampler:
     def __init__(self, vocab_size: int, max_num_seqs: int, device: torch.device, seed: int) -> None:
         self._vocab_size = vocab_size
         self._device = device
+        self._masks = ConstraintMasks(vocab_size)
         self._slots = DeviceSlots(vocab_size, max_num_seqs, device, seed)
 
     def launch(
@@ -79,13 +83,12 @@ class DeviceSampler:
         sequences: Rows[Sequence],
         slots: Integers | None = None,
         positions: Integers | None = None,
-        masks: Mapping[int, Mask] | None = None,
     ) -> DeviceTokens:
         """One token for each of the first R rows of logits [>= R, V], which stay as they are.
 
         sequences [R]: row by row, a sequence as often as it has rows. slots [R]; default: theirs.
         positions [R]: how many output tokens come before the row's, those in flight and drafts included;
-        default: those known. masks: allowed tokens by row, int32 [ceil(V / 32)], a bit each.
+        default: those known.
         A row that cannot be sampled gets an error of its own. Raises ValueError if the shapes do not fit.
         """
         count = len(sequences)
@@ -98,14 +101,16 @@ class DeviceSampler:
         errors: dict[int, RequestError] = {}
         taken = self._take(sequences, slots, errors)
         upload = Upload()
-        edits, edited = self._edits(sequences, taken, positions, masks or {}, errors, upload)
+        masks = self._row_masks(sequences, taken)
+        errors.update(masks.errors)
+        edits, edited = self._edits(sequences, taken, positions, masks, errors, upload)
         taken[list(errors)] = -1
         asked = self._asked_logprobs(sequences, taken)
         logprobs = DeviceLogprobs(asked, self._vocab_size, upload) if asked else None
         room = -(-count // _ALIGNMENT) * _ALIGNMENT
         size = 2 * room + (logprobs.size if logprobs is not None else 0)
         tokens = DeviceTokens(
-            torch.empty(size, dtype=torch.int32, device=self._device), count, errors, edited, logprobs
+            torch.empty(size, dtype=torch.int32, device=self._device), count, errors, edited, logprobs, masks
         )
         if count:
             self._draw(logits[:count], taken, positions, edits, upload, tokens, room)
@@ -126,21 +131,25 @@ class DeviceSampler:
                 errors[row] = RequestError(
                     "internal_error", "The model produced numbers that are not finite."
                 )
+        masks = launched.constrained
+        ended = {row for row in masks.states.keys() - errors.keys() if masks.advance(row, int(tokens[row]))}
+        errors.update(masks.errors)
         tokens[list(errors)] = -1
         found = {} if launched.logprobs is None else launched.logprobs.collect(outputs[2 * room :])
         logprobs = {row: columns for row, columns in found.items() if row not in errors}
-        return SampledRows(tokens, errors, logprobs)
+        return SampledRows(tokens, errors, logprobs, ended)
 
     def needs_host_tokens(self, sequence: Sequence) -> bool:
         """Whether the next token depends on the ids of earlier output tokens, which the host then must know.
 
         Such a sequence has one row a step: no drafts, nothing in flight.
         """
-        return _needs_host_tokens(sequence.sampling)
+        return needs_host_tokens(sequence)
 
     def forget(self, sequence: Sequence) -> None:
         """The sequence is about to lose its slot (still set); unknown sequences are ignored."""
         self._slots.forget(sequence)
+        self._masks.forget(sequence)
 
     def warm_up(self, logits: Tensor) -> None:
         """Launches every kernel once on logits [R, V], so that none is compiled while requests wait."""
@@ -188,24 +197,31 @@ class DeviceSampler:
         sequences: Rows[Sequence],
         slots: NDArray[np.int32],
         positions: Integers,
-        masks: Mapping[int, Mask],
+        masks: RowMasks,
         errors: dict[int, RequestError],
         upload: Upload,
     ) -> tuple[DeviceEdits | None, dict[int, SamplingState]]:
         wanted = (self._slots.edited[slots] | (positions < self._slots.banned_until[slots])) & (slots >= 0)
-        wanted[[row for row in masks if slots[row] >= 0]] = True
+        wanted[list(masks.words)] = True
+        wanted[list(masks.errors)] = False
         rows, states = [], {}
         for row in np.flatnonzero(wanted).tolist():
             slot = int(slots[row])
             try:
-                edits = self._edits_of(sequences[row], slot, int(positions[row]))
-                mask = _joined(self._slots.masks[slot], masks.get(row))
+                over = masks.is_over(row)
+                edits = None if over else self._edits_of(sequences[row], slot, int(positions[row]))
+                allowed = None if over else self._slots.masks[slot]
+                mask = _joined(allowed, masks.words.get(row))
             except Exception as error:
                 errors[row] = _as_request_error(error, sequences[row])
                 continue
             rows.append(RowEdits(row, edits, mask))
             states[row] = self._slots.state(slot)
         return (DeviceEdits(rows, len(slots), upload) if rows else None), states
+
+    def _row_masks(self, sequences: Rows[Sequence], slots: NDArray[np.int32]) -> RowMasks:
+        rows = np.flatnonzero(self._slots.constrained[slots] & (slots >= 0)).tolist()
+        return self._masks.of((row, sequences[row]) for row in rows)
 
     def _edits_of(self, sequence: Sequence, slot: int, position: int) -> LogitEdits | None:
         """This row's changes to the logits. Raises ValueError if they need tokens that are not yet known."""
@@ -263,15 +279,6 @@ class DeviceSampler:
         )
         if tokens.logprobs is not None:
             tokens.logprobs.launch(logits, tokens.ids, tokens.outputs[2 * room :])
-
-
-def _needs_host_tokens(asked: Sampling) -> bool:
-    return (
-        asked.repetition_penalty != 1.0
-        or asked.presence_penalty != 0.0
-        or asked.frequency_penalty != 0.0
-        or any(len(word) > 1 for word in asked.bad_words)
-    )
 
 
 def _joined(first: Mask | None, second: Mask | None) -> Mask | None:

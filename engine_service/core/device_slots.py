@@ -9,7 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from penstock.engine_service.core.device_edits import Mask, mask_of
+from penstock.engine_service.core.device_edits import mask_of
+from penstock.engine_service.core.logit_edits import Mask
 from penstock.engine_service.core.request import Sequence
 from penstock.engine_service.core.sampling_state import SamplingState
 from penstock.engine_service.core.upload import Upload
@@ -39,6 +40,7 @@ class DeviceSlots:
         self.filtered = np.zeros(num_slots, np.bool_)
         self.edited = np.zeros(num_slots, np.bool_)  # at every step
         self.banned_until = np.zeros(num_slots, np.int32)  # the position from which a choice may end
+        self.constrained = np.zeros(num_slots, np.bool_)
         self.with_logprobs = np.zeros(num_slots, np.bool_)
 
     def take(self, slot: int, sequence: Sequence) -> None:
@@ -64,6 +66,7 @@ class DeviceSlots:
             or state.banned.size
         )
         self.banned_until[slot] = state.min_new_tokens if state.end_ids.size else 0
+        self.constrained[slot] = state.constrained
         asked = sequence.sampling
         self.with_logprobs[slot] = bool(asked.logprob_token_ids) or asked.logprobs is not None
 

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from penstock.engine_service.core.batch import StepTensors
 from penstock.engine_service.core.graphs import Bucket
+from penstock.engine_service.core.slots import Int64s
 from penstock.engine_service.models.registry import Model
+from penstock.kernels.block_copy import copy_blocks
 from penstock.kernels.embedding import gather_rows
 from penstock.kernels.inputs import InputBuffers, build_inputs, layout
 from penstock.kernels.paged_attention import AttentionBatch
@@ -69,6 +71,12 @@ class StepWork:
 
     def blank(self) -> None:
         self._packed[: layout.HEADER_WORDS].zero_()
+
+    def copy_blocks(self, copies: Int64s) -> None:
+        """copies [C, 2]: for every layer, block [i, 0] to block [i, 1]."""
+        pairs = torch.from_numpy(copies).to(self._packed.device)
+        for kv_cache in self._kv_caches:
+            copy_blocks(kv_cache, pairs[:, 0], pairs[:, 1])
 
     def run(self, bucket: Bucket) -> None:
         limits, buffers = self._limits, self.buffers

@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 from typing import Protocol
 
-from penstock.engine_service.core.messages import FromCore, ToCore
+from penstock.engine_service.core.messages import FromCore, Prepared, ToCore
 
 
 class Outbox(Protocol):
@@ -19,11 +19,11 @@ class Inbox:
     """Messages in order of arrival, handed over in batches."""
 
     def __init__(self) -> None:
-        self._messages: list[ToCore] = []
+        self._messages: list[ToCore | Prepared] = []
         self._changed = threading.Condition()
         self._closed = False
 
-    def put(self, message: ToCore) -> None:
+    def put(self, message: ToCore | Prepared) -> None:
         with self._changed:
             self._messages.append(message)
             self._changed.notify()
@@ -38,7 +38,7 @@ class Inbox:
     def closed(self) -> bool:
         return self._closed
 
-    def take(self, timeout_s: float = 0.0) -> list[ToCore]:
+    def take(self, timeout_s: float = 0.0) -> list[ToCore | Prepared]:
         """All that has arrived; waits at most timeout_s for the first."""
         if timeout_s <= 0 and not self._messages:
             return []

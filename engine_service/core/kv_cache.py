@@ -61,7 +61,10 @@ class KvCache:
         """
         if self._still_refused(sequence, headroom):
             return None
-        found = self._look_up(sequence) if self._enabled and read_prefix else []
+        if not self._enabled:
+            found = self._of_first_choice(sequence)
+        else:
+            found = self._look_up(sequence) if read_prefix else []
         num_new = self.pool.blocks_for(sequence.num_tokens) - len(found)
         num_free = self.pool.num_free
         for block in found:
@@ -86,6 +89,32 @@ class KvCache:
             if read_prefix:
                 self.num_queries += sequence.num_tokens
                 self.num_hits += len(found) * self.pool.block_size
+
+    def fork(self, parent: Sequence, num_shared: int, num_tokens: int) -> tuple[list[int], list[int]] | None:
+        """Blocks for a sequence of num_tokens that begins like `parent`, whose first num_shared tokens are
+        computed: the full ones of these are shared, the others new. None when there are too few."""
+        full = num_shared // self.pool.block_size
+        fresh = self.pool.allocate(self.pool.blocks_for(num_tokens) - full)
+        if fresh is None:
+            return None
+        shared = self._table.blocks(parent.slot)[:full]
+        for block in shared:
+            self.pool.share(block)
+        return shared, fresh
+
+    def seat_fork(
+        self, sequence: Sequence, parent: Sequence, blocks: tuple[list[int], list[int]], num_shared: int
+    ) -> None:
+        """Writes what `fork` gave into the row of the sequence's new slot. What is shared counts as computed,
+        a partial block included, which must be copied before it is read."""
+        shared, fresh = blocks
+        self._table.append_blocks(sequence.slot, shared + fresh)
+        self._table.num_computed[sequence.slot] = num_shared
+        if self._enabled:
+            chain, full = self._chain(parent), len(shared)
+            self._chains[sequence] = _Chain(
+                chain.hashes[: full + 1], chain.tokens[:full], min(full, chain.num_published)
+            )
 
     def missing(self, slots: Int64s, ends: Int32s) -> Int64s:
         """Blocks that each of `slots` lacks to hold `ends` tokens, [n], 0 or less: none."""
@@ -180,6 +209,16 @@ class KvCache:
             if self.pool.find(chain.hashes[index + 1], chain.hashes[index], chain.tokens[index]) is not None:
                 return False
         return self.pool.num_free < last.needed
+
+    def _of_first_choice(self, sequence: Sequence) -> list[int]:
+        """The prompt's full blocks, for a choice that begins while the first one runs, which has them."""
+        request = sequence.request
+        first = request.sequences[0]
+        count = (sequence.num_tokens - 1) // self.pool.block_size
+        is_ahead = sequence is not first and first.num_computed_tokens >= count * self.pool.block_size
+        if not (request.started and is_ahead) or sequence.num_output_tokens:
+            return []
+        return self._table.blocks(first.slot)[:count]
 
     def _look_up(self, sequence: Sequence) -> list[int]:
         limit = (sequence.num_tokens - 1) // self.pool.block_size

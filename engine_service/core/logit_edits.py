@@ -17,6 +17,10 @@ from penstock.engine_service.core.penalties import TokenCounts
 from penstock.kernels import sampling
 
 Ids = NDArray[np.int64]
+Mask = NDArray[np.int32]  # a bit per token, bit i % 32 of word i // 32; 0 forbids it
+
+_BITS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
+_ADDED_BY_BYTE = np.where(_BITS, np.float32(0.0), np.float32(-np.inf))
 
 
 @dataclass(slots=True, frozen=True)
@@ -38,6 +42,7 @@ class LogitEdits:
     bias: NDArray[np.float32]
     allowed: Ids  # empty: all
     banned: Ids
+    mask: Mask | None = None  # of a constraint
 
 
 def apply_edits(logits: Tensor, edits: Sequence[tuple[int, LogitEdits]]) -> None:
@@ -50,9 +55,30 @@ def apply_edits(logits: Tensor, edits: Sequence[tuple[int, LogitEdits]]) -> None
     limited, ids = _elements(edits, lambda edit: edit.allowed)
     if ids.size:
         sampling.allow_only(logits, *_on(logits.device, limited, ids))
+    _apply_masks(logits, [(row, edit.mask) for row, edit in edits if edit.mask is not None])
     banned, ids = _elements(edits, lambda edit: edit.banned)
     if ids.size:
         sampling.ban(logits, *_on(logits.device, banned, ids))
+
+
+def added_by(mask: Mask) -> NDArray[np.float32]:
+    """The mask as what it adds to logits, [32 * words]: 0 or -inf. A table look-up, because masks have no
+    pattern that a branch could be predicted by."""
+    return _ADDED_BY_BYTE.take(mask.view(np.uint8), axis=0).reshape(-1)
+
+
+def _apply_masks(logits: Tensor, masks: list[tuple[int, Mask]]) -> None:
+    if not masks:
+        return
+    if logits.device.type != "cpu":
+        words = np.stack([mask for _, mask in masks])
+        rows = np.array([row for row, _ in masks], np.int64)
+        sampling.apply_bitmask(logits[:, : 32 * words.shape[1]], *_on(logits.device, words, rows))
+        return
+    for row, mask in masks:
+        added = added_by(mask)
+        own = logits[row, : len(added)].numpy()
+        np.add(own, added, out=own)
 
 
 def _penalise(logits: Tensor, penalties: list[tuple[int, Penalties]]) -> None:

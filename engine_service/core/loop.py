@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 
 from penstock.engine_service.core import clock, messages
+from penstock.engine_service.core.constraints import Constraints
 from penstock.engine_service.core.inbox import Inbox, Outbox
 from penstock.engine_service.core.messages import RequestError
 from penstock.engine_service.core.pipeline import Pipeline
@@ -37,6 +38,7 @@ class EngineLoop:
         max_model_len: int,
         enable_prefix_caching: bool = True,
         drafter: Drafter | None = None,
+        constraints: Constraints | None = None,
     ) -> None:
         self._runner = runner
         self._inbox = inbox
@@ -52,6 +54,7 @@ class EngineLoop:
             is_exact=runner.needs_host_tokens,
             drafter=drafter,
         )
+        self._constraints = constraints
         self.counters = Counters()
         self._postprocessor = Postprocessor(self.scheduler, self.counters)
         self._pipeline = Pipeline(runner, self.scheduler, self._postprocessor, self.counters)
@@ -65,6 +68,7 @@ class EngineLoop:
         runner: Runner,
         inbox: Inbox,
         outbox: Outbox,
+        constraints: Constraints | None = None,
     ) -> EngineLoop:
         """The loop of a model that has been built as `configure` asked."""
         return cls(
@@ -78,6 +82,7 @@ class EngineLoop:
             max_model_len=ready.max_model_len,
             enable_prefix_caching=configure.enable_prefix_caching,
             drafter=make_drafter(configure, ready.device),
+            constraints=constraints,
         )
 
     @property
@@ -101,13 +106,20 @@ class EngineLoop:
     def load(self) -> messages.Load:
         return self.counters.fill(self.scheduler.load())
 
-    def _receive(self, message: messages.ToCore, report: StepReport) -> None:
+    def _receive(self, message: messages.ToCore | messages.Prepared, report: StepReport) -> None:
         match message:
             case messages.AddRequest():
                 self._add(message, report)
+            case messages.Prepared():
+                self._prepared(message, report)
             case messages.AbortRequests():
                 for request_id in message.ids:
                     self._abort(request_id, message.report, report)
+            case messages.EndChoice():
+                request = self.scheduler.get(message.id)
+                if request is not None:
+                    now_us = clock.monotonic_us()
+                    self._postprocessor.end_choice(request, message.choice, report, now_us)
             case messages.Ping():
                 self._outbox.send(messages.Pong(message.serial, self.load()))
             case messages.FlushCache():
@@ -119,7 +131,10 @@ class EngineLoop:
     def _add(self, params: messages.AddRequest, report: StepReport) -> None:
         self.counters.accepted += 1
         try:
-            self.scheduler.add(params)
+            if params.constraint is None:
+                self.scheduler.add(params)
+            else:
+                self._add_constrained(params)
         except Exception as caught:
             error = caught
             if not isinstance(error, RequestError):
@@ -127,6 +142,23 @@ class EngineLoop:
                 error = RequestError("internal_error", "An internal error occurred.")
             self.counters.failed += 1
             report.add_failure(params.id, error, messages.Usage(len(params.prompt)))
+
+    def _add_constrained(self, params: messages.AddRequest) -> None:
+        if self._constraints is None:
+            raise RequestError("unimplemented", "This engine serves no constraints.", "constraint")
+        self.scheduler.add(params, held=True)
+        self._constraints.prepare(params, self._inbox)
+
+    def _prepared(self, message: messages.Prepared, report: StepReport) -> None:
+        """A held request goes into the queue, or ends."""
+        request = self.scheduler.get(message.id)
+        if request is None:
+            return
+        if message.error is not None:
+            self._postprocessor.fail(request, message.error, report)
+            return
+        request.grammar = message.grammar
+        self.scheduler.release(request)
 
     def _abort(self, request_id: int, tell: bool, report: StepReport) -> None:
         request = self.scheduler.get(request_id)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 # Finish codes of a choice, equal to penstock.v1.FinishReason.
 RUNNING = 0
@@ -75,6 +76,38 @@ class Configure:
     lookahead: bool = True  # on CUDA, start a step before the one before it is done
 
 
+@dataclass(slots=True, frozen=True)
+class ConstraintSource:
+    """What the output must follow, as the caller put it. kind: json_schema, json_object, regex, choice,
+    grammar or structural_tag. text: the source; a JSON array for choice, nothing for json_object.
+    whitespace_pattern: between the parts of JSON; empty allows none."""
+
+    kind: str
+    text: str = ""
+    whitespace_pattern: str | None = None
+
+
+@dataclass(slots=True, frozen=True)
+class Constraint:
+    """A grammar that has been found to compile. With starts_after it begins behind the first occurrence of
+    those ids in the output; until then the output is free but cannot end."""
+
+    grammar: str
+    starts_after: list[int] = field(default_factory=list)
+
+
+@dataclass(slots=True, frozen=True)
+class Beam:
+    """Beam search. It is over when `width` answers are found and no beam could still become better than the
+    worst of them, judged by its present length; `exhaustive`: by any length it may reach; early_stopping: at
+    once."""
+
+    width: int
+    length_penalty: float = 1.0  # exponent on the length
+    early_stopping: bool = False
+    exhaustive: bool = False
+
+
 @dataclass(slots=True)
 class AddRequest:
     """A new request. `id` is the server's own, unique for the life of the core."""
@@ -95,6 +128,19 @@ class AddRequest:
     arrival_us: int = 0  # monotonic clock; same clock in server and core (CLOCK_MONOTONIC)
     queue_deadline_us: int = 0  # monotonic; 0: none. Unscheduled by then: queue_timeout
     deadline_us: int = 0  # monotonic; 0: none. Unfinished by then: timeout
+    constraint: Constraint | None = None
+    # With more than n the n of the highest mean log-probability are told, when all have ended. 0: n.
+    best_of: int = 0
+    beam: Beam | None = None  # told when the search is over: the n best, best first
+
+
+@dataclass(slots=True)
+class Prepared:
+    """Within the core: the compiled grammar of a request that is held, or why there is none."""
+
+    id: int
+    grammar: Any = None
+    error: RequestError | None = None
 
 
 @dataclass(slots=True)
@@ -103,6 +149,15 @@ class AbortRequests:
 
     ids: list[int]
     report: bool = False
+
+
+@dataclass(slots=True)
+class EndChoice:
+    """Ends one choice of a request, which gets a Finish with ABORTED; the others go on. Means nothing where
+    candidates are ranked: beam search, best_of."""
+
+    id: int
+    choice: int
 
 
 @dataclass(slots=True)
@@ -122,7 +177,7 @@ class Shutdown:
     """The core aborts what runs and exits with 0."""
 
 
-ToCore = Configure | AddRequest | AbortRequests | Ping | FlushCache | Shutdown
+ToCore = Configure | AddRequest | AbortRequests | EndChoice | Ping | FlushCache | Shutdown
 
 
 @dataclass(slots=True, frozen=True)
@@ -171,6 +226,7 @@ class Finish:
     stop_token_id: int | None = None
     stopped_by_eos: bool = False
     cumulative_logprob: float | None = None
+    score: float | None = None  # what candidates were ranked by
 
 
 @dataclass(slots=True)

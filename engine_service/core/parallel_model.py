@@ -14,14 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from penstock.engine_service.core.batch import StepTensors
+from penstock.engine_service.core.batch import StepTensors, copy_first
 from penstock.engine_service.core.parallel import FORWARD, LOGITS, IntArray, RankGroup, leave_now
 from penstock.engine_service.models.registry import Model
 from penstock.kernels.paged_attention import AttentionBatch
 
 log = logging.getLogger("penstock.engine.ranks")
 
-_HEADER = 5
+_HEADER = 6
 
 
 class Executor(Protocol):
@@ -77,7 +77,9 @@ class EagerExecutor:
         """Raises ValueError for a kind that is not its own."""
         kind = int(array[0])
         if kind == FORWARD:
-            self._model.forward(unpack_step(array, self._block_size, self._device), self._kv_caches)
+            step = unpack_step(array, self._block_size, self._device)
+            copy_first(step, self._kv_caches)
+            self._model.forward(step, self._kv_caches)
         elif kind == LOGITS:
             hidden = torch.empty(array[1:3].tolist(), dtype=self._dtype, device=self._device)
             self._group.broadcast_tensor(hidden)
@@ -87,21 +89,23 @@ class EagerExecutor:
 
 
 def pack_step(step: StepTensors) -> IntArray:
-    """FORWARD, counts, then token ids, positions, cache slots, query lengths, sequence lengths, block tables.
-    Reads the step back from the device."""
+    """FORWARD, counts, then token ids, positions, cache slots, query lengths, sequence lengths, block copies,
+    block tables. Reads the step back from the device."""
     query_lens, seq_lens = step.attention.on_host()
     tables = step.attention.block_tables
-    header = [FORWARD, len(step.token_ids), len(seq_lens), step.attention.num_decodes, tables.shape[1]]
+    copies = [] if step.copies is None else [_values(step.copies)]
+    counts = [len(step.token_ids), len(seq_lens), step.attention.num_decodes, tables.shape[1]]
+    header = [FORWARD, *counts, sum(map(len, copies))]
     parts = [np.array([*header], dtype=np.int32)]
     parts += [_values(tensor) for tensor in (step.token_ids, step.positions, step.slots)]
     parts += [np.array(lengths, dtype=np.int32) for lengths in (query_lens, seq_lens)]
-    return np.concatenate([*parts, _values(tables)])
+    return np.concatenate([*parts, *copies, _values(tables)])
 
 
 def unpack_step(array: IntArray, block_size: int, device: torch.device) -> StepTensors:
-    num_tokens, num_sequences, num_decodes, max_blocks = array[1:_HEADER].tolist()
-    sizes = [num_tokens] * 3 + [num_sequences] * 2
-    *flat, query_lens, seq_lens, tables = np.split(array, np.cumsum([_HEADER, *sizes]))[1:]
+    num_tokens, num_sequences, num_decodes, max_blocks, num_copied = array[1:_HEADER].tolist()
+    sizes = [num_tokens] * 3 + [num_sequences] * 2 + [num_copied]
+    *flat, query_lens, seq_lens, copied, tables = np.split(array, np.cumsum([_HEADER, *sizes]))[1:]
     token_ids, positions, slots = (torch.from_numpy(part).to(device, torch.int64) for part in flat)
     starts = np.cumsum(query_lens) - query_lens
     attention = AttentionBatch(
@@ -111,7 +115,8 @@ def unpack_step(array: IntArray, block_size: int, device: torch.device) -> StepT
         block_size=block_size,
         block_tables=torch.from_numpy(tables).to(device, torch.int64).view(num_sequences, max_blocks),
     )
-    return StepTensors(token_ids, positions, slots, attention, starts.tolist())
+    copies = torch.from_numpy(copied).to(device, torch.int64).view(-1, 2) if num_copied else None
+    return StepTensors(token_ids, positions, slots, attention, starts.tolist(), copies)
 
 
 def _values(tensor: Tensor) -> IntArray:

@@ -37,6 +37,9 @@ class StepPlan:
     drafts: dict[int, Int32s] = field(default_factory=dict)
     epochs: Int64s = field(default_factory=lambda: np.empty(0, np.int64))  # table.epochs[slots] when planned
     serial: int = 0  # 1, 2, ... in the order of planning
+    # Before anything else block copies[i, 0] is copied to copies[i, 1], for the sequence copied[i].
+    copies: Int64s = field(default_factory=lambda: np.empty((0, 2), np.int64))
+    copied: list[Sequence] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.sequences)
@@ -53,7 +56,8 @@ class StepResult:
     tokens: int32 [S, K], K >= 1; row i's sampled ids are its first num_tokens[i] (0 where nothing is sampled,
     more than 1 only behind accepted drafts). logprobs: by row, one entry per token, for sequences that asked.
     prompt_logprobs: by row, of this chunk's prompt tokens 1.. (the token after each computed position), only
-    if asked for. errors: by row, each ends its request alone.
+    if asked for. errors: by row, each ends its request alone. ended: rows whose constraint is
+    complete with their last token.
     """
 
     tokens: Int32s
@@ -61,6 +65,7 @@ class StepResult:
     errors: dict[int, RequestError] = field(default_factory=dict)
     logprobs: dict[int, Logprobs] = field(default_factory=dict)
     prompt_logprobs: dict[int, Logprobs] = field(default_factory=dict)
+    ended: set[int] = field(default_factory=set)
 
 
 class Step(Protocol):

@@ -11,7 +11,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-from penstock.engine_service.core.messages import LENGTH, RUNNING, STOP, Logprobs, RequestError
+from penstock.engine_service.core.beams import Beams
+from penstock.engine_service.core.held import HeldAnswer
+from penstock.engine_service.core.messages import ABORTED, LENGTH, RUNNING, STOP, Logprobs, RequestError
 from penstock.engine_service.core.plan import StepPlan, StepResult
 from penstock.engine_service.core.prompt_rows import PromptRows
 from penstock.engine_service.core.report import Counters, StepReport, usage_of
@@ -30,6 +32,7 @@ class Postprocessor:
         self._counters = counters
         self._table = scheduler.table
         self._prompt_rows = PromptRows()
+        self._beams = Beams(scheduler)
 
     def apply(self, plan: StepPlan, result: StepResult, report: StepReport, now_us: int) -> None:
         """Rows whose sequence has ended or lost its slot since they were planned count for nothing."""
@@ -65,6 +68,21 @@ class Postprocessor:
         self.forget(request)
         self._counters.failed += 1
         report.add_failure(request.id, error, usage_of(request))
+
+    def end_choice(self, request: Request, choice: int, report: StepReport, now_us: int) -> None:
+        """Its reader wants no more of this choice. One that is over, or is ranked among others, stays as it
+        is."""
+        if request.held_back or not 0 <= choice < len(request.sequences):
+            return
+        sequence = request.sequences[choice]
+        if sequence.finished:
+            return
+        if not request.started:  # its prompt may be what the others begin with
+            request.unwanted.add(choice)
+            return
+        self._scheduler.finish(sequence)
+        report.add_finish(sequence, ABORTED, now_us)
+        self._note_if_over(request, report, now_us)
 
     def forget(self, request: Request) -> None:
         self._prompt_rows.forget(request)
@@ -118,15 +136,24 @@ class Postprocessor:
             ended |= ids[slots] == tokens
         return ended
 
-    def _end_if_due(self, sequence: Sequence, token: int, report: StepReport, now_us: int) -> bool:
+    def _end_if_due(
+        self, sequence: Sequence, token: int, report: StepReport, now_us: int, complete: bool = False
+    ) -> bool:
+        """complete: the sequence's constraint allows nothing more."""
         reason, by_eos = self._stop_reason(sequence, token)
+        if complete and not by_eos:
+            reason = STOP
         if reason == RUNNING:
             return False
+        named = reason == STOP and token in sequence.request.stop_ids
         self._scheduler.finish(sequence)
-        report.add_finish(
-            sequence, reason, now_us, stop_token_id=token if reason == STOP else None, stopped_by_eos=by_eos
-        )
-        self._note_if_over(sequence.request)
+        stop_token_id = token if named else None
+        ranking = sequence.request.ranking
+        if ranking is None:
+            report.add_finish(sequence, reason, now_us, stop_token_id=stop_token_id, stopped_by_eos=by_eos)
+        else:
+            ranking.finish(sequence.choice, reason, stop_token_id, by_eos)
+        self._note_if_over(sequence.request, report, now_us)
         return True
 
     def _stop_reason(self, sequence: Sequence, token: int) -> tuple[int, bool]:
@@ -160,8 +187,18 @@ class Postprocessor:
             if request.params.max_new_tokens == 0:
                 self._finish_unscored(request, report, now_us)
                 return
-        if plan.samples[row]:
-            self._append(plan, row, result, report, now_us)
+            for choice in sorted(request.unwanted):
+                self.end_choice(request, choice, report, now_us)
+            if sequence.finished:
+                return
+        if not plan.samples[row]:
+            return
+        if request.search is not None:
+            sequence.first_token_us = sequence.first_token_us or now_us
+            if self._beams.take(sequence, result.logprobs.get(row)):
+                self._tell_beams(request, request.search.answers[: request.params.n], report, now_us)
+            return
+        self._append(plan, row, result, report, now_us)
 
     def _append(self, plan: StepPlan, row: int, result: StepResult, report: StepReport, now_us: int) -> None:
         sequence, count = plan.sequences[row], int(result.num_tokens[row])
@@ -171,18 +208,22 @@ class Postprocessor:
             sequence.first_token_us = now_us
         tokens = result.tokens[row, :count].tolist()
         self._count_drafts(plan, row, len(tokens))
-        rows = result.logprobs.get(row)
+        rows, ranking = result.logprobs.get(row), sequence.request.ranking
         for index, token in enumerate(tokens):
             own = None if rows is None else _row(rows, index)
             self._append_token(sequence, token)
             if own is not None:
                 sequence.cumulative_logprob += own.logprobs[0]
-            report.add_token(sequence, token, own)
-            if self._end_if_due(sequence, token, report, now_us):
+            if ranking is None:
+                report.add_token(sequence, token, own)
+            else:
+                ranking.add_token(sequence.choice, token, own)
+            if self._end_if_due(sequence, token, report, now_us, row in result.ended):
                 return
         table, slot = self._table, sequence.slot
         wants_rows = sequence.sampling.logprobs is not None or bool(sequence.sampling.logprob_token_ids)
-        table.special[slot] = wants_rows or len(sequence.request.stop_ids) > MAX_STOP_IDS
+        constrained = sequence.request.grammar is not None
+        table.special[slot] = wants_rows or constrained or len(sequence.request.stop_ids) > MAX_STOP_IDS
         if row in plan.drafts:
             # What was computed for refused drafts is overwritten.
             table.num_expected[slot] = table.num_tokens[slot]
@@ -212,12 +253,24 @@ class Postprocessor:
         """max_new_tokens = 0: the prompt has been computed, and that was all."""
         for sequence in request.sequences:
             self._scheduler.finish(sequence)
+        for sequence in request.sequences[: request.params.n]:
             report.add_finish(sequence, LENGTH, now_us)
-        self._note_if_over(request)
+        self._counters.finished += 1
 
-    def _note_if_over(self, request: Request) -> None:
-        if request.num_finished == len(request.sequences):
-            self._counters.finished += 1
+    def _tell_beams(
+        self, request: Request, answers: list[HeldAnswer], report: StepReport, now_us: int
+    ) -> None:
+        self._scheduler.remove(request)
+        request.shared_tokens = sum(len(answer.tokens) for answer in answers)
+        report.add_answers(request, answers, now_us)
+        self._counters.finished += 1
+
+    def _note_if_over(self, request: Request, report: StepReport, now_us: int) -> None:
+        if request.num_finished < len(request.sequences):
+            return
+        self._counters.finished += 1
+        if request.ranking is not None:
+            report.add_answers(request, request.ranking.answers[: request.params.n], now_us)
 
 
 def _internal() -> RequestError:

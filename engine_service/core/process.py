@@ -28,6 +28,7 @@ from penstock.engine_service.core.child import (
     follow_parent,
     log_to_stderr,
 )
+from penstock.engine_service.core.constraints import Constraints
 from penstock.engine_service.core.faults import EngineFatal
 from penstock.engine_service.core.head_start import head_start
 from penstock.engine_service.core.heap import Heap
@@ -50,6 +51,9 @@ class Built(Protocol):
 
     @property
     def ready(self) -> Ready: ...
+
+    @property
+    def constraints(self) -> Constraints | None: ...
 
 
 Build = Callable[[Configure, Callable[[int, int], None]], Built]
@@ -112,7 +116,7 @@ def _serve(inbox: Inbox, outbox: Outbox, load: Callable[[], _Loaded]) -> int:
         outbox.send(LoadFailed(str(error)))
         return EXIT_MODEL
     ready = built.ready
-    loop = EngineLoop.of_model(configure, ready, built.runner, inbox, outbox)
+    loop = EngineLoop.of_model(configure, ready, built.runner, inbox, outbox, built.constraints)
     # What is alive now lives for ever: keep the collector from walking it again and again.
     gc.collect()
     gc.freeze()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from penstock.engine_service.core.held import HeldAnswer
 from penstock.engine_service.core.messages import (
     ABORTED,
     Failure,
@@ -108,6 +109,7 @@ class StepReport:
         stop_token_id: int | None = None,
         stopped_by_eos: bool = False,
     ) -> None:
+        """A choice of a request whose tokens are told as they come."""
         wanted = sequence.sampling.logprobs is not None
         self._finished.append(
             Finish(
@@ -122,9 +124,28 @@ class StepReport:
             )
         )
 
+    def add_answers(self, request: Request, answers: list[HeldAnswer], now_us: int) -> None:
+        """The choices of a request that has ended, in this order."""
+        for sequence, held in zip(request.sequences, answers, strict=False):
+            for index, token in enumerate(held.tokens):
+                self.add_token(sequence, token, held.rows[index] if held.rows else None)
+            self._finished.append(
+                Finish(
+                    request.id,
+                    sequence.choice,
+                    held.reason,
+                    usage_of(request),
+                    _timings(sequence, now_us),
+                    held.stop_token_id,
+                    held.stopped_by_eos,
+                    held.cumulative_logprob,
+                    held.score,
+                )
+            )
+
     def add_aborted(self, request: Request, now_us: int) -> None:
-        for sequence in request.sequences:
-            if not sequence.finished:
+        for sequence in request.sequences[: request.params.n]:
+            if request.held_back or not sequence.finished:
                 self.add_finish(sequence, ABORTED, now_us)
 
     def add_failure(self, request_id: int, error: RequestError, usage: Usage) -> None:

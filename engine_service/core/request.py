@@ -6,12 +6,18 @@ slot table, while a sequence holds a slot.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from penstock.engine_service.core.beam_search import BeamSearch
+from penstock.engine_service.core.held import Ranking
 from penstock.engine_service.core.messages import AddRequest, Sampling
 from penstock.engine_service.core.slots import Int32s, SlotTable
+
+if TYPE_CHECKING:
+    from penstock.engine_service.core.constraint_state import CompiledGrammar
 
 Rank = tuple[int, int, int]  # priority (lower first), arrival number, choice
 _NO_TOKENS: Int32s = np.empty(0, np.int32)
@@ -68,6 +74,11 @@ class Sequence:
         return [] if self.table is None else self.table.blocks(self.slot)
 
     @property
+    def entrance(self) -> Sequence:
+        """The one that is queued to compute it (again): all beams of a request start from the first."""
+        return self if self.request.search is None else self.request.sequences[0]
+
+    @property
     def key(self) -> tuple[int, int]:
         """(request id, choice): unique for the life of the core."""
         return (self.request.id, self.choice)
@@ -90,8 +101,12 @@ class Request:
     cached_tokens: int = 0
     drafted_tokens: int = 0
     accepted_tokens: int = 0
+    grammar: CompiledGrammar | None = None  # of its constraint, once that is compiled
     started: bool = False
     num_finished: int = 0
+    unwanted: set[int] = field(default_factory=set)  # choices ended before the prompt was computed
+    search: BeamSearch | None = None  # then a sequence is a beam, and choices are told at the end
+    ranking: Ranking | None = None  # then a sequence is a candidate, and choices are told at the end
 
     @property
     def id(self) -> int:
@@ -104,7 +119,19 @@ class Request:
     @property
     def completion_tokens(self) -> int:
         """Over all choices."""
-        return self.shared_tokens if len(self.sequences) > 1 else self.sequences[0].num_output_tokens
+        if len(self.sequences) > 1 or self.search is not None:
+            return self.shared_tokens
+        return self.sequences[0].num_output_tokens
+
+    @property
+    def siblings(self) -> list[Sequence]:
+        """Who is queued once the first has computed the prompt; beams are made as they are found."""
+        return [] if self.search is not None else self.sequences[1:]
+
+    @property
+    def held_back(self) -> bool:
+        """Nothing is told until all of it has ended."""
+        return self.search is not None or self.ranking is not None
 
     @classmethod
     def create(cls, params: AddRequest) -> Request:
@@ -112,6 +139,16 @@ class Request:
         prompt = np.asarray(params.prompt, np.int32)
         ids = [token for token in (*params.eos_token_ids, *params.stop_token_ids) if 0 <= token < 2**31]
         request = cls(params, prompt, list(dict.fromkeys(ids)))
-        for choice in range(params.n):
+        count = params.n
+        if params.beam is not None:
+            request.search = search = BeamSearch.of_request(params)
+            # A beam's own choice counts for nothing: what it could choose from is what is asked for.
+            asked = replace(params.sampling, temperature=0.0, logprobs=search.num_alternatives)
+            request.params, count = replace(params, sampling=asked), search.width
+        elif params.best_of > params.n:
+            request.ranking, count = Ranking(params), params.best_of
+            asked = replace(params.sampling, logprobs=params.sampling.logprobs or 0)
+            request.params = replace(params, sampling=asked)
+        for choice in range(count):
             request.sequences.append(Sequence(request, choice, len(prompt), _num_kept=len(prompt)))
         return request

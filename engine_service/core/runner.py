@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from penstock.engine_service.backends.base import Backend
-from penstock.engine_service.core.batch import BatchBuilder
+from penstock.engine_service.core.batch import BatchBuilder, copy_first
 from penstock.engine_service.core.messages import RequestError
 from penstock.engine_service.core.plan import StepPlan, StepResult
 from penstock.engine_service.core.prompt_logprobs import prompt_logprobs
@@ -68,6 +68,7 @@ class Runner:
         if not len(plan):
             return result
         step = self._batches.build(plan)
+        copy_first(step, self._kv_cache)
         hidden = self._model.forward(step, self._kv_cache)
         for row in range(plan.num_decodes, len(plan)):
             self._score_prompt(plan, row, hidden, step.query_starts[row], result)

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from penstock.engine_service.core.constraint_masks import ConstraintMasks, RowMasks
 from penstock.engine_service.core.logit_edits import LogitEdits, apply_edits
 from penstock.engine_service.core.logprobs import gather_logprobs, take_row
 from penstock.engine_service.core.messages import Logprobs, RequestError
@@ -42,11 +43,13 @@ class SampleRows:
 
 @dataclass(slots=True)
 class SampledRows:
-    """tokens [R], of no meaning where a row is in `errors`; logprobs, one row each, where asked for."""
+    """tokens [R], of no meaning where a row is in `errors`; logprobs, one row each, where asked for; ended:
+    the rows whose constraint is complete with their token."""
 
     tokens: Int64s
     errors: dict[int, RequestError] = field(default_factory=dict)
     logprobs: dict[int, Logprobs] = field(default_factory=dict)
+    ended: set[int] = field(default_factory=set)
 
 
 @dataclass(slots=True)
@@ -60,6 +63,7 @@ class _Row:
     edits: LogitEdits | None
     best_id: int
     best: float
+    best_stands: bool = False  # the edits do not change the argmax
 
 
 class Sampler:
@@ -70,6 +74,7 @@ class Sampler:
         self._device = device
         self._seed = seed
         self._states: dict[tuple[int, int], SamplingState] = {}
+        self._masks = ConstraintMasks(vocab_size)
         rows = _ROWS_AT_ONCE_CPU if device.type == "cpu" else _ROWS_AT_ONCE_DEVICE
         width = sampling.padded_width(vocab_size)
         self._plain_epochs: Int64s = np.full(
@@ -92,20 +97,27 @@ class Sampler:
         others = self._not_plain(rows, best)
         if not others.size:
             return result
-        prepared = self._prepare(rows, others.tolist(), best_ids, best, result)
+        masks = self._masks.of((row, rows.sequences[row]) for row in others.tolist())
+        result.errors.update(masks.errors)
+        prepared = self._prepare(logits, rows, others.tolist(), best_ids, best, masks, result)
         rest = [row for row in prepared if not row.state.greedy or row.edits is not None]
         rest.sort(key=_kind)
         for start in range(0, len(rest), len(self._workspace)):
             self._sample_rows(logits, rest[start : start + len(self._workspace)], result)
+        for index in masks.states.keys() - result.errors.keys():
+            if masks.advance(index, int(result.tokens[index])):
+                result.ended.add(index)
+        result.errors.update(masks.errors)
         self._add_logprobs(logits, [row for row in prepared if row.index not in result.errors], result)
         return result
 
     def needs_host_tokens(self, sequence: Sequence) -> bool:
-        return needs_host_tokens(sequence.sampling)
+        return needs_host_tokens(sequence)
 
     def forget(self, sequence: Sequence) -> None:
         """Drops what is kept for a sequence that ended or was preempted; unknown sequences are ignored."""
         self._states.pop(sequence.key, None)
+        self._masks.forget(sequence)
 
     def _not_plain(self, rows: SampleRows, best: np.ndarray) -> Int64s:
         """The rows that need more than their argmax, or whose numbers are not finite."""
@@ -121,16 +133,20 @@ class Sampler:
 
     def _prepare(
         self,
+        logits: Tensor,
         rows: SampleRows,
         indices: list[int],
         best_ids: np.ndarray,
         best: np.ndarray,
+        masks: RowMasks,
         result: SampledRows,
     ) -> list[_Row]:
         """The rows that can be sampled; the others get their error: each request's exception boundary."""
         prepared = []
         for index in indices:
             sequence = rows.sequences[index]
+            if index in result.errors:
+                continue
             try:
                 if not math.isfinite(best[index]):
                     raise _not_finite()
@@ -142,6 +158,8 @@ class Sampler:
                     index, sequence, position, state, state.edits(sequence, position),
                     int(best_ids[index]), float(best[index]),
                 )  # fmt: skip
+                if index in masks.words:
+                    _mask(row, logits[index], masks, result)
                 prepared.append(row)
                 if rows.slots is not None and rows.epochs is not None and _is_plain(row):
                     self._plain_epochs[rows.slots[index]] = rows.epochs[index]
@@ -179,6 +197,8 @@ class Sampler:
         if not edits:
             return
         apply_edits(work, edits)
+        if all(rows[place].best_stands for place, _ in edits):
+            return
         columns = [column.tolist() for column in sampling.argmax(work)]
         for place, (row, best_id, best) in enumerate(zip(rows, *columns, strict=True)):
             row.best_id, row.best = best_id, best
@@ -243,6 +263,24 @@ class Sampler:
 
     def _floats(self, values: list[float], dtype: torch.dtype = torch.float64) -> Tensor:
         return torch.tensor(values, dtype=dtype, device=self._device)
+
+
+def _mask(row: _Row, logits: Tensor, masks: RowMasks, result: SampledRows) -> None:
+    """Joins the row's mask to its edits. Most often the model says what it may: where the mask is the only
+    edit and allows the best token, that stands; a greedy row of logits [V] is done with its best."""
+    index = row.index
+    alone = row.edits is None or masks.is_over(index)
+    row.edits = masks.join(index, row.edits)
+    if not alone:
+        return
+    row.best_stands = masks.allows(index, row.best_id)
+    if not row.state.greedy:
+        return
+    best = row.best_id if row.best_stands else masks.best(index, logits)
+    if best is None:
+        raise row.state.nothing_left()
+    result.tokens[index] = best
+    row.edits = None
 
 
 def _is_plain(row: _Row) -> bool:

@@ -39,6 +39,7 @@ class SamplingState:
     allowed: Ids
     banned: Ids  # never to be chosen
     phrases: list[tuple[list[int], int]]  # (all but the last id, the last id) of bad words of two ids or more
+    constrained: bool  # edited by a mask at every step, which is not made here
     min_new_tokens: int
     end_ids: Ids  # banned until min_new_tokens
     _always_edited: bool = field(init=False)
@@ -69,6 +70,7 @@ class SamplingState:
             allowed=np.unique(_checked(sampling.allowed_token_ids, vocab_size, "allowed_token_ids")),
             banned=np.unique(np.array([word[0] for word in words if len(word) == 1], np.int64)),
             phrases=[(word[:-1], word[-1]) for word in words if len(word) > 1],
+            constrained=params.constraint is not None,
             min_new_tokens=params.min_new_tokens,
             end_ids=np.array(sorted(token for token in ends if 0 <= token < vocab_size), np.int64),
         )
@@ -80,7 +82,9 @@ class SamplingState:
 
     def always_plain(self, position: int) -> bool:
         """Whether no output token from `position` on is edited or drawn."""
-        edited = self._always_edited or bool(self.phrases) or position < self.min_new_tokens
+        edited = (
+            self._always_edited or self.constrained or bool(self.phrases) or position < self.min_new_tokens
+        )
         return self.greedy and not edited
 
     def edits(self, sequence: Sequence, position: int) -> LogitEdits | None:
@@ -101,6 +105,8 @@ class SamplingState:
 
     def nothing_left(self) -> RequestError:
         """The error of a request whose masks removed every token, naming the narrowest of its parameters."""
+        if self.constrained:
+            return RequestError("invalid_value", "The constraint and the other parameters leave no token.")
         if self.allowed.size:
             param = "allowed_token_ids"
         elif self.banned.size or self.phrases:
@@ -120,10 +126,11 @@ class SamplingState:
         return np.concatenate([self.banned, np.array(completing, np.int64), ends])
 
 
-def needs_host_tokens(sampling: Sampling) -> bool:
-    """Whether the choice of a token depends on the ids before it: through penalties, or bad words of
-    several."""
-    return (
+def needs_host_tokens(sequence: Sequence) -> bool:
+    """Whether the choice of a token depends on the ids before it: through penalties, bad words of several, or
+    a constraint."""
+    sampling = sequence.sampling
+    return sequence.request.params.constraint is not None or (
         sampling.repetition_penalty != 1.0
         or sampling.presence_penalty != 0.0
         or sampling.frequency_penalty != 0.0

@@ -16,14 +16,15 @@ import logging
 from collections.abc import Callable
 
 from penstock.engine_service.core.block_pool import BlockPool
+from penstock.engine_service.core.forks import Forks, beam_headroom, checked_beam, slots_for, too_wide
 from penstock.engine_service.core.kv_cache import KvCache
 from penstock.engine_service.core.messages import AddRequest, Load, RequestError
 from penstock.engine_service.core.plan import Drafter, StepPlan
-from penstock.engine_service.core.planning import Chunk, Decodes, make_plan
+from penstock.engine_service.core.planning import Chunk, DecodeRows, Decodes, make_plan
 from penstock.engine_service.core.request import Request, Sequence
-from penstock.engine_service.core.running import RunningSet
+from penstock.engine_service.core.seats import Seats
 from penstock.engine_service.core.slots import Int32s, Int64s, SlotTable
-from penstock.engine_service.core.waiting import Deadlines, WaitingQueue
+from penstock.engine_service.core.waiting import Deadlines, WaitingQueue, too_late
 
 log = logging.getLogger("penstock.engine.scheduler")
 
@@ -60,29 +61,27 @@ class Scheduler:
         self.table = SlotTable(num_slots, self.max_model_len, block_size)
         self._kv = KvCache(self.pool, self.table, enable_prefix_caching)
         self._budget = max_num_batched_tokens
-        self._free_slots = list(range(num_slots - 1, -1, -1))
         self._headroom = num_blocks // _HEADROOM_DIVISOR
-        self._on_release = on_release
+        self._seats = Seats(self.table, self._kv, on_release)
+        self._running = self._seats.running
+        self._forks = Forks(self.table, self._kv, self._seats)
         self._is_exact = is_exact
         self._decodes = Decodes(self.table, self._kv, drafter)
         self.drafter = drafter
         self._requests: dict[int, Request] = {}
-        self._running = RunningSet(num_slots)
         self._waiting = WaitingQueue()
         self._suspects: list[Sequence] = []
-        self._retired: list[tuple[int, int, list[int]]] = []  # (serial of the last plan, slot, blocks)
         self._planned = 0  # serial of the last plan
-        self._completed = 0  # serial of the last one that is no longer in flight
         self._deadlines = Deadlines()
         self._arrivals = 0
-        self._running_of: dict[int, int] = {}  # request id -> sequences holding a slot
         self._waiting_tokens = 0
         self._num_preemptions = 0
 
     # ------------------------------------------------------------------ requests
 
-    def add(self, params: AddRequest) -> Request:
-        """Queues a request. Raises RequestError when it can never run."""
+    def add(self, params: AddRequest, held: bool = False) -> Request:
+        """Queues a request, or with `held` keeps it out of the queue until `release`. Raises RequestError
+        when it can never run."""
         if params.id in self._requests:
             raise RequestError("invalid_value", "The request id is in use.", "request_id")
         if not len(params.prompt):
@@ -95,15 +94,20 @@ class Scheduler:
                 f"The prompt has {len(params.prompt)} tokens; this engine can hold {self.max_model_len - 1}.",
                 "prompt",
             )
-        request = Request.create(params)
+        request = Request.create(checked_beam(params, self.table.num_slots, self.max_model_len))
         self._arrivals += 1
         for sequence in request.sequences:
             sequence.rank = (params.priority, self._arrivals, sequence.choice)
         self._requests[request.id] = request
         self._deadlines.add(request)
         self._waiting_tokens += request.num_prompt_tokens
-        self._waiting.push(request.sequences[0])
+        if not held:
+            self._waiting.push(request.sequences[0])
         return request
+
+    def release(self, request: Request) -> None:
+        """Queues a request that was held; it keeps the rank of its arrival."""
+        self._waiting.push(request.sequences[0])
 
     def get(self, request_id: int) -> Request | None:
         return self._requests.get(request_id)
@@ -136,7 +140,7 @@ class Scheduler:
             # Both of its deadlines may have passed at once: the first one ended it.
             if request is None or (queue and request.sequences[0].first_scheduled_us):
                 continue
-            late.append((request, _late(queue)))
+            late.append((request, too_late(queue)))
             try:
                 self.remove(request)
             except Exception:
@@ -157,7 +161,7 @@ class Scheduler:
             if in_flight:
                 return None, casualties
             chunks = self._schedule_suspect(now_us, casualties)
-            return make_plan(self.table, self._running, None, chunks, self._next_serial()), casualties
+            return self._make_plan(None, chunks), casualties
         decodes = self._decodes.select(self._running, in_flight, self._budget)
         while decodes is None:
             if in_flight:
@@ -170,20 +174,20 @@ class Scheduler:
             if budget:
                 budget -= self._append_chunk(chunks, sequence, budget)
         # A victim cannot come straight back: whoever took its place holds at least one block it needs.
-        if budget and self._free_slots and len(self._waiting):
+        if self._seats.num_free:
             self._admit_waiting(chunks, budget, now_us, casualties)
-        return make_plan(self.table, self._running, decodes, chunks, self._next_serial()), casualties
+        return self._make_plan(decodes, chunks), casualties
 
     def completed(self, plan: StepPlan) -> None:
         """The step is no longer in flight, nor is any before it: what was kept for it becomes free."""
-        self._complete(plan.serial)
+        self._seats.complete(plan.serial)
 
     def abandon(self) -> None:
         """Nobody will tell of the steps in flight any more (an interrupt): they came to nothing."""
-        since = self._completed
-        self._complete(self._planned)
+        since = self._seats.completed
+        self._seats.complete(self._planned)
         for sequence in reversed(self._running.sequences.copy()):
-            if self.table.last_plan[sequence.slot] > since:
+            if sequence.slot >= 0 and self.table.last_plan[sequence.slot] > since:
                 self._preempt(sequence)
 
     def publish(self, sequence: Sequence, num_computed: int) -> None:
@@ -204,7 +208,7 @@ class Scheduler:
         request = sequence.request
         if not request.started and num_computed >= sequence.num_prompt_tokens:
             request.started = True
-            for sibling in request.sequences[1:]:
+            for sibling in request.siblings:
                 if not sibling.finished:
                     self._waiting.push(sibling)
 
@@ -212,8 +216,8 @@ class Scheduler:
         """After a failed step: all that was in it is computed again, one sequence at a time, until each has
         got through one step. So the next failure names its cause, and the others live."""
         for sequence in self.requeue(plan):
-            if sequence not in self._suspects:
-                self._suspects.append(sequence)
+            if sequence.entrance not in self._suspects:
+                self._suspects.append(sequence.entrance)
         self._suspects.sort(key=lambda sequence: sequence.rank)
 
     def requeue(self, plan: StepPlan) -> list[Sequence]:
@@ -224,15 +228,39 @@ class Scheduler:
             for sequence, slot, epoch in zip(plan.sequences, plan.slots, plan.epochs, strict=True)
             if epochs[slot] == epoch
         ]
+        lost += [sequence for sequence in plan.copied if sequence.slot >= 0 and sequence not in lost]
         for sequence in reversed(lost):
-            self._preempt(sequence)
+            if sequence.slot >= 0:
+                self._preempt(sequence)
         return lost
+
+    # ------------------------------------------------------------------ beams
+
+    def fork(self, sequence: Sequence, parent: Sequence, num_shared: int) -> bool:
+        """A slot and blocks for a beam without any, whose first num_shared ids are those that `parent` has
+        computed. Others of lower rank give way; False when only those of higher rank are left, to which all
+        beams of the request have given way. Raises RequestError when nobody else is left."""
+        while not self._forks.seat(sequence, parent, num_shared):
+            victim = self._running.last
+            if victim.request is sequence.request:
+                if self._seats.num_requests == 1 and not self._seats.has_retired:
+                    raise too_wide()
+                self._preempt(victim)
+                return False
+            self._preempt(victim)
+        return True
+
+    def vacate(self, sequence: Sequence) -> None:
+        """The beam, if it runs, has no part in the search any more: its slot and blocks go."""
+        if sequence.slot >= 0:
+            self._release(sequence, keep_tokens=False)
+        self._kv.forget(sequence)
 
     # ------------------------------------------------------------------ state
 
     @property
     def has_work(self) -> bool:
-        return len(self._running) > 0 or len(self._waiting) > 0 or bool(self._retired)
+        return len(self._running) > 0 or len(self._waiting) > 0 or self._seats.has_retired
 
     @property
     def next_deadline_us(self) -> int | None:
@@ -243,7 +271,7 @@ class Scheduler:
 
     def load(self) -> Load:
         """The gauges and counters that are the scheduler's; a request runs while any choice has a slot."""
-        running = len(self._running_of)
+        running = self._seats.num_requests
         return Load(
             running=running,
             waiting=len(self._requests) - running,
@@ -258,15 +286,12 @@ class Scheduler:
 
     # ------------------------------------------------------------------ inside
 
-    def _complete(self, serial: int) -> None:
-        self._completed = serial
-        while self._retired and self._retired[0][0] <= serial:
-            _, slot, blocks = self._retired.pop(0)
-            self._free(slot, blocks)
-
-    def _next_serial(self) -> int:
+    def _make_plan(self, decodes: DecodeRows | None, chunks: list[Chunk]) -> StepPlan:
         self._planned += 1
-        return self._planned
+        plan = make_plan(self.table, self._running, decodes, chunks, self._planned)
+        if len(plan):
+            plan.copied, plan.copies = self._forks.take_copies()
+        return plan
 
     def _make_room(self) -> None:
         """Blocks for the next token of each decode, first in rank first, taken from the last in rank."""
@@ -283,7 +308,7 @@ class Scheduler:
     def _admit_waiting(
         self, chunks: list[Chunk], budget: int, now_us: int, casualties: list[Casualty]
     ) -> None:
-        while budget and self._free_slots and (sequence := self._waiting.peek()) is not None:
+        while budget and (sequence := self._waiting.peek()) is not None:
             try:
                 if not self._admit(sequence, now_us):
                     return
@@ -297,15 +322,17 @@ class Scheduler:
         request = sequence.request
         compute_all = request.params.skip_cache_read or sequence.sampling.prompt_logprobs is not None
         read_prefix = request.started or not compute_all
-        headroom = self._headroom if len(self._running) else 0
-        exact = self._is_exact(sequence)
+        headroom = self._headroom + beam_headroom(sequence, self.pool) if len(self._running) else 0
+        if self._seats.num_free < (slots_for(sequence) if len(self._running) else 1):
+            return False
+        exact = request.search is not None or self._is_exact(sequence)
         blocks = self._kv.find(sequence, read_prefix=read_prefix, headroom=headroom)
         if blocks is None:
             return False
         self._waiting.discard(sequence)
-        slot = self._free_slots.pop()
-        self.table.take(slot, sequence)
-        self._running.add(sequence)
+        if not self._seats.is_seated(request.id):
+            self._waiting_tokens -= request.num_prompt_tokens
+        slot = self._seats.take(sequence)
         self._kv.admit(sequence, blocks, read_prefix=read_prefix)
         self.table.exact[slot] = exact or self.drafter is not None
         self.table.draftable[slot] = not exact
@@ -314,10 +341,6 @@ class Scheduler:
             sequence.num_cached_tokens = sequence.num_computed_tokens
             if sequence.choice == 0:
                 request.cached_tokens = sequence.num_cached_tokens
-        holders = self._running_of.get(request.id, 0)
-        self._running_of[request.id] = holders + 1
-        if not holders:
-            self._waiting_tokens -= request.num_prompt_tokens
         return True
 
     def _schedule_suspect(self, now_us: int, casualties: list[Casualty]) -> list[Chunk]:
@@ -325,7 +348,7 @@ class Scheduler:
         sequence = self._suspects[0]
         chunks: list[Chunk] = []
         try:
-            while sequence.slot < 0 and not (self._free_slots and self._admit(sequence, now_us)):
+            while sequence.slot < 0 and not self._admit(sequence, now_us):
                 self._preempt(self._running.last)
         except Exception:
             casualties.append(self._broken(sequence))
@@ -339,33 +362,22 @@ class Scheduler:
         return sequence.request, RequestError("internal_error", "An internal error occurred.")
 
     def _preempt(self, sequence: Sequence) -> None:
-        self._release(sequence, keep_tokens=True)
+        """A running sequence gives way, and of a beam search all of them."""
+        for member in sequence.request.sequences if sequence.request.search is not None else [sequence]:
+            if member.slot >= 0:
+                self._release(member, keep_tokens=True)
+        if sequence.request.search is not None:
+            sequence.request.search.restart()
+        sequence = sequence.entrance
         sequence.num_preemptions += 1
         self._num_preemptions += 1
         self._waiting.push(sequence)
 
     def _release(self, sequence: Sequence, keep_tokens: bool) -> None:
-        """Takes slot and blocks from a running sequence; they are free once no step in flight uses them."""
-        self._on_release(sequence)
-        self._running.remove(sequence)
-        slot = sequence.slot
-        blocks = self._kv.release(sequence)
-        self.table.leave(sequence, keep_tokens)
-        last_plan = int(self.table.last_plan[slot])
-        if last_plan > self._completed:
-            self._retired.append((last_plan, slot, blocks))
-            self._retired.sort(key=lambda entry: entry[0])
-        else:
-            self._free(slot, blocks)
-        request = sequence.request
-        self._running_of[request.id] -= 1
-        if not self._running_of[request.id]:
-            del self._running_of[request.id]
-            self._waiting_tokens += request.num_prompt_tokens
-
-    def _free(self, slot: int, blocks: list[int]) -> None:
-        self.pool.release(blocks)
-        self._free_slots.append(slot)
+        self._seats.leave(sequence, keep_tokens)
+        self._forks.forget(sequence)
+        if not self._seats.is_seated(sequence.request.id):
+            self._waiting_tokens += sequence.request.num_prompt_tokens
 
     def _close(self, sequence: Sequence) -> None:
         if sequence.finished:
@@ -384,9 +396,3 @@ class Scheduler:
         del self._requests[request.id]
         self._deadlines.discard(request.id)
         self._waiting_tokens -= request.num_prompt_tokens
-
-
-def _late(queue: bool) -> RequestError:
-    if queue:
-        return RequestError("queue_timeout", "The request waited in the queue for too long.")
-    return RequestError("timeout", "The deadline passed before the request was finished.")

@@ -65,6 +65,7 @@ def _accept_plain(plan: StepPlan, sampled: SampledRows, result: StepResult) -> N
         result.errors.setdefault(int(places[index]), error)
     for index, rows in sampled.logprobs.items():
         result.logprobs[int(places[index])] = rows
+    result.ended.update(int(places[index]) for index in sampled.ended)
     for row in result.errors:
         result.num_tokens[row] = 0
         result.logprobs.pop(row, None)
@@ -84,6 +85,8 @@ def _accept_row(plan: StepPlan, row: int, first: int, sampled: SampledRows, resu
         # What came before stands; the error comes again if the sequence gets there.
         count = index
         break
+    if count == 1 and first in sampled.ended:  # constrained rows have no drafts
+        result.ended.add(row)
     result.tokens[row, :count] = tokens[:count]
     result.num_tokens[row] = count
     found = [sampled.logprobs[first + index] for index in range(count) if first + index in sampled.logprobs]

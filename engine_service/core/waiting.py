@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 
+from penstock.engine_service.core.messages import RequestError
 from penstock.engine_service.core.request import Rank, Request, Sequence
 
 # Entries of members that left stay in a heap until they outnumber the live ones by this many.
@@ -81,3 +82,10 @@ class Deadlines:
             _, request_id, queue = heapq.heappop(self._heap)
             late.append((request_id, queue))
         return late
+
+
+def too_late(queue: bool) -> RequestError:
+    """The error of a request that ran out of time; queue: while it waited."""
+    if queue:
+        return RequestError("queue_timeout", "The request waited in the queue for too long.")
+    return RequestError("timeout", "The deadline passed before the request was finished.")

@@ -26,6 +26,7 @@ _TAGS = {
     messages.Configure: "configure",
     messages.AddRequest: "add",
     messages.AbortRequests: "abort",
+    messages.EndChoice: "end_choice",
     messages.Ping: "ping",
     messages.FlushCache: "flush",
     messages.Shutdown: "shutdown",

@@ -33,9 +33,9 @@ class Frames(Protocol):
     plain: bool
 
     def text(self, choice: int, text: str) -> bytes:
-        """A plain delta; text is not empty."""
+        """A plain delta, whose text is not empty; what it comes to may be b""."""
 
-    def opening(self, prompt: int) -> bytes:
+    def opening(self, prompt: int, prompt_logprobs: PromptLogprobs) -> bytes:
         """Before the first delta of a prompt's choices."""
 
     def delta(self, choice: int, delta: Delta, total: Usage | None) -> bytes:
@@ -161,13 +161,13 @@ class StreamAnswer(_Answer):
 
     def started(self, prompt: int, usage: Usage, prompt_logprobs: PromptLogprobs) -> None:
         self.accounting.started(prompt, usage)
-        self._open(prompt)
+        self._open(prompt, prompt_logprobs)
 
     def delta(self, prompt: int, delta: Delta) -> None:
         if self.finished:
             return
         if not self._opened[prompt]:
-            self._open(prompt)
+            self._open(prompt, None)
         choice = prompt * self._n + delta.choice
         self.accounting.tokens(prompt, choice, delta.usage)
         total = self.accounting.total() if self._usage_on_every_chunk else None
@@ -188,9 +188,11 @@ class StreamAnswer(_Answer):
             if self.finished:
                 return
             if not self._opened[prompt]:
-                self._open(prompt)
+                self._open(prompt, None)
             count(prompt, first + choice, handles[prompt].usage)
-            write(encode(first + choice, text))
+            data = encode(first + choice, text)
+            if data:
+                write(data)
 
         return on_text
 
@@ -201,9 +203,9 @@ class StreamAnswer(_Answer):
             log.exception("a stream could not be ended")
             self._stream.abort()
 
-    def _open(self, prompt: int) -> None:
+    def _open(self, prompt: int, prompt_logprobs: PromptLogprobs) -> None:
         self._opened[prompt] = True
-        data = self._frames.opening(prompt)
+        data = self._frames.opening(prompt, prompt_logprobs)
         if data:
             self._stream.write(data)
 

@@ -37,7 +37,7 @@ class ChatFrames:
     def text(self, choice: int, text: str) -> bytes:
         return self._prefixes[choice] + orjson.dumps(text) + self._suffix
 
-    def opening(self, prompt: int) -> bytes:
+    def opening(self, prompt: int, prompt_logprobs: PromptLogprobs) -> bytes:
         shown: dict[str, Any] = {}
         if self._identity.prompt_ids is not None:
             shown["prompt_token_ids"] = self._identity.prompt_ids[prompt]
@@ -45,7 +45,8 @@ class ChatFrames:
             shown["effective_params"] = self._identity.effective
         frames = []
         for index in range(self._identity.n):
-            choice = {"index": index, "delta": {"role": "assistant", "content": ""}}
+            content = self._identity.echoes[prompt].text if self._identity.echoes else ""
+            choice = {"index": index, "delta": {"role": "assistant", "content": content}}
             choice |= {"logprobs": None, "finish_reason": None}
             frames.append(self._chunk(choice, None, shown if index == 0 else {}))
         return b"".join(frames)
@@ -66,7 +67,7 @@ class ChatFrames:
             choice: dict[str, Any] = {
                 "index": index,
                 "delta": {"content": delta.text},
-                "logprobs": _logprobs(self._identity, delta.logprobs),
+                "logprobs": choice_logprobs(self._identity, delta.logprobs),
                 "finish_reason": None,
             }
             if self._identity.with_token_ids:
@@ -112,10 +113,11 @@ def whole_chat(
 
 
 def _whole_choice(identity: Identity, index: int, choice: Collected) -> dict[str, Any]:
+    echo = identity.echoes[0].text if identity.echoes else ""
     body = {
         "index": index,
-        "message": {"role": "assistant", "content": choice.text, "refusal": None},
-        "logprobs": _logprobs(identity, choice.logprobs),
+        "message": {"role": "assistant", "content": echo + choice.text, "refusal": None},
+        "logprobs": choice_logprobs(identity, choice.logprobs),
         "finish_reason": choice.finish_reason,
         "stop_reason": choice.stop_reason,
     }
@@ -124,5 +126,9 @@ def _whole_choice(identity: Identity, index: int, choice: Collected) -> dict[str
     return body
 
 
-def _logprobs(identity: Identity, entries: Any) -> dict[str, Any] | None:
-    return {"content": chat_content(entries), "refusal": None} if identity.with_logprobs else None
+def choice_logprobs(identity: Identity, entries: Any) -> dict[str, Any] | None:
+    return (
+        {"content": chat_content(entries, identity.tokens_as_ids), "refusal": None}
+        if identity.with_logprobs
+        else None
+    )

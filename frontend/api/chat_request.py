@@ -16,15 +16,30 @@ from penstock.frontend.api.generation_request import (
     empty,
     one_of,
 )
+from penstock.frontend.api.tool_use import ToolUse, tool_use
+from penstock.frontend.api.tools_request import (
+    MAX_TOOLS,
+    CalledFunction,
+    CalledTool,
+    FunctionChoice,
+    FunctionDefinition,
+    Tool,
+    ToolChoice,
+)
 from penstock.frontend.errors import unsupported
 from penstock.protos.errors import ApiError
 
 MAX_MESSAGES = 10_000
 
 
+# Types of parts that are text, with the key their text is under.
+TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
+
+
 class ContentPart(StrictModel):
     type: str = Field(max_length=64)
     text: str | None = None
+    refusal: str | None = None
 
 
 def _text_or_parts(value: Any) -> str | None:
@@ -45,8 +60,9 @@ class Message(StrictModel):
     role: str = Field(min_length=1, max_length=64)
     content: Content | None = None
     name: str | None = None
-    tool_calls: list[dict[str, Any]] | None = None
+    tool_calls: list[CalledTool] | None = Field(None, max_length=MAX_TOOLS)
     tool_call_id: str | None = None
+    function_call: CalledFunction | None = None
 
 
 def _text_or_messages(value: Any) -> str | None:
@@ -76,15 +92,17 @@ class ChatRequest(GenerationRequest):
     chat_template: str | None = Field(None, max_length=1 << 20)
     chat_template_kwargs: dict[str, Any] | None = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
-    parallel_tool_calls: bool | None = None
+    include_reasoning: bool | None = Field(None, description="false leaves the reasoning out of the answer")
+    tools: list[Tool] | None = Field(None, max_length=MAX_TOOLS)
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = Field(None, description="false: at most one call")
+    functions: list[FunctionDefinition] | None = Field(
+        None, max_length=MAX_TOOLS, description="as tools were"
+    )
+    function_call: FunctionChoice | None = None
 
     unserved: ClassVar[dict[str, Callable[[Any], bool]]] = {
         **UNSERVED,
-        "best_of": lambda value: True,
-        "tools": empty,
-        "tool_choice": one_of("none", "auto"),
-        "functions": empty,
-        "function_call": one_of("none", "auto"),
         "audio": empty,
         "modalities": one_of(["text"], []),
         "web_search_options": lambda value: value is None,
@@ -94,6 +112,12 @@ class ChatRequest(GenerationRequest):
     @property
     def output_limit(self) -> int | None:
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    def tool_use(self) -> ToolUse | None:
+        """What may or must be called, None: nothing. Raises ApiError."""
+        return tool_use(
+            self.tools, self.tool_choice, self.functions, self.function_call, self.parallel_tool_calls
+        )
 
     @property
     def alternatives(self) -> int | None:
@@ -112,21 +136,32 @@ class ChatRequest(GenerationRequest):
                 "'continue_final_message' and 'add_generation_prompt' exclude each other.",
                 "continue_final_message",
             )
+        self.tool_use()
         if isinstance(self.messages, list):
             for index, message in enumerate(self.messages):
                 _check_message(message, f"messages[{index}]")
 
 
 def messages_json(raw_messages: Any) -> bytes:
-    """The messages as the renderer takes them: exactly what the client sent, a plain string as a user's."""
+    """The messages as the renderer takes them: what the client sent, but a plain string as a user's, and
+    calls and answers of functions as those of tools."""
     if isinstance(raw_messages, str):
         raw_messages = [{"role": "user", "content": raw_messages}]
-    return orjson.dumps(raw_messages)
+    return orjson.dumps([_with_tools(message) for message in raw_messages])
+
+
+def _with_tools(message: dict[str, Any]) -> dict[str, Any]:
+    called = message.get("function_call")
+    if called is not None and not message.get("tool_calls"):
+        message = {key: value for key, value in message.items() if key != "function_call"}
+        message["tool_calls"] = [{"type": "function", "function": called}]
+    return {**message, "role": "tool"} if message.get("role") == "function" else message
 
 
 def _check_message(message: Message, name: str) -> None:
     if message.content is None:
-        if message.role != "assistant":
+        # An assistant may have only called tools, and a tool may have answered nothing.
+        if message.role not in ("assistant", "tool", "function"):
             raise ApiError(
                 "missing_required_parameter",
                 f"Missing required parameter: '{name}.content'.",
@@ -136,8 +171,9 @@ def _check_message(message: Message, name: str) -> None:
     if isinstance(message.content, str):
         return
     for index, part in enumerate(message.content):
-        if part.type != "text":
+        key = TEXT_PARTS.get(part.type)
+        if key is None:
             raise unsupported(f"{name}.content[{index}]", "is of a type that this model does not take")
-        if part.text is None:
-            where = f"{name}.content[{index}].text"
+        if getattr(part, key) is None:
+            where = f"{name}.content[{index}].{key}"
             raise ApiError("missing_required_parameter", f"Missing required parameter: '{where}'.", where)

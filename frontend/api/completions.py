@@ -7,11 +7,13 @@ from typing import Any
 from penstock.frontend.api.answer import WholeAnswer
 from penstock.frontend.api.completions_frames import CompletionFrames, whole_completion
 from penstock.frontend.api.completions_request import DEFAULT_MAX_TOKENS, CompletionRequest
-from penstock.frontend.api.generate import Plan, answer, make_plan, read_request, timeout_of
+from penstock.frontend.api.echo import completion_echoes
+from penstock.frontend.api.generate import answer, read_request
 from penstock.frontend.api.identity import Identity
+from penstock.frontend.api.plan import Plan, make_plan, timeout_of
 from penstock.frontend.context import Context
 from penstock.frontend.exchange import Exchange
-from penstock.frontend.prompts import encode_prompts
+from penstock.frontend.prompts import encode_gaps, encode_prompts
 
 
 async def completions(exchange: Exchange, context: Context) -> None:
@@ -28,7 +30,11 @@ async def _plan(exchange: Exchange, context: Context, request: CompletionRequest
     model = context.services.resolve(request.model)
     tokenizer = context.services.tokenizer_for(model)
     left = timeout_of(exchange)
-    prompts = await encode_prompts(tokenizer, model, request, exchange.request_id, left)
+    stop_token_ids: list[int] = []
+    if request.suffix:
+        prompts, stop_token_ids = await encode_gaps(tokenizer, model, request, exchange.request_id, left)
+    else:
+        prompts = await encode_prompts(tokenizer, model, request, exchange.request_id, left)
     return await make_plan(
         exchange,
         context,
@@ -39,7 +45,8 @@ async def _plan(exchange: Exchange, context: Context, request: CompletionRequest
         wanted=DEFAULT_MAX_TOKENS if request.output_limit is None else request.output_limit,
         alternatives=request.alternatives,
         prompt_param="prompt",
-        stop_token_ids=[],
+        stop_token_ids=stop_token_ids,
+        echoes=completion_echoes(request, prompts, tokenizer.vocabulary),
     )
 
 

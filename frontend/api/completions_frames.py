@@ -9,7 +9,7 @@ import orjson
 from penstock.frontend.accounting import usage_body
 from penstock.frontend.api.answer import Collected, PromptLogprobs
 from penstock.frontend.api.identity import Identity
-from penstock.frontend.api.logprobs_body import completion_block, prompt_rows
+from penstock.frontend.api.logprobs_body import TextOffsets, completion_block, prompt_rows
 from penstock.frontend.generation import Delta, Usage
 
 
@@ -35,15 +35,35 @@ class CompletionFrames:
             for index in range(num_choices)
         ]
         self._suffix = b',"logprobs":null,"finish_reason":null}]' + usage + b"}\n\n"
-        self._offsets = [0] * num_choices
+        self._offsets = [TextOffsets(identity.hides_special) for _ in range(num_choices)]
         self._first = [True] * num_choices
         self._effective_shown = identity.effective is None
 
     def text(self, choice: int, text: str) -> bytes:
         return self._prefixes[choice] + orjson.dumps(text) + self._suffix
 
-    def opening(self, prompt: int) -> bytes:
-        return b""
+    def opening(self, prompt: int, prompt_logprobs: PromptLogprobs) -> bytes:
+        """The prompt, where it is to be shown, in front of each of its choices."""
+        identity = self._identity
+        if identity.echoes is None:
+            return b""
+        echo, frames = identity.echoes[prompt], []
+        for index in range(prompt * identity.n, (prompt + 1) * identity.n):
+            choice: dict[str, Any] = {
+                "index": index,
+                "text": echo.text,
+                "logprobs": None,
+                "finish_reason": None,
+            }
+            if identity.with_logprobs:
+                choice["logprobs"] = completion_block(
+                    echo.entries(prompt_logprobs), self._offsets[index], identity.tokens_as_ids
+                )
+            rest: dict[str, Any] = {"choices": [choice]}
+            if identity.with_usage:
+                rest["usage"] = None
+            frames.append(b"data: " + self._head + b"," + orjson.dumps(rest)[1:] + b"\n\n")
+        return b"".join(frames)
 
     def delta(self, choice: int, delta: Delta, total: Usage | None) -> bytes:
         if delta.finish_reason is None and total is None and self.plain:
@@ -61,7 +81,7 @@ class CompletionFrames:
             return b""
         logprobs = None
         if identity.with_logprobs:
-            logprobs, self._offsets[index] = completion_block(delta.logprobs, self._offsets[index])
+            logprobs = completion_block(delta.logprobs, self._offsets[index], identity.tokens_as_ids)
         choice: dict[str, Any] = {
             "index": index,
             "text": delta.text,
@@ -109,15 +129,20 @@ def whole_completion(
 def _whole_choice(
     identity: Identity, index: int, choice: Collected, prompt_logprobs: PromptLogprobs
 ) -> dict[str, Any]:
+    echo = identity.echoes[index // identity.n] if identity.echoes else None
+    logprobs = None
+    if identity.with_logprobs:
+        entries = [*(echo.entries(prompt_logprobs) if echo else ()), *choice.logprobs]
+        logprobs = completion_block(entries, TextOffsets(identity.hides_special), identity.tokens_as_ids)
     body: dict[str, Any] = {
         "index": index,
-        "text": choice.text,
-        "logprobs": completion_block(choice.logprobs, 0)[0] if identity.with_logprobs else None,
+        "text": (echo.text if echo else "") + choice.text,
+        "logprobs": logprobs,
         "finish_reason": choice.finish_reason,
         "stop_reason": choice.stop_reason,
     }
-    if prompt_logprobs is not None:
-        body["prompt_logprobs"] = prompt_rows(prompt_logprobs)
+    if identity.prompt_alternatives is not None:
+        body["prompt_logprobs"] = prompt_rows(prompt_logprobs, identity.prompt_alternatives)
     if identity.with_token_ids:
         body["token_ids"] = choice.token_ids
         if identity.prompt_ids is not None:

@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar, cast
 from pydantic import Discriminator, Field, Tag
 
 from penstock.frontend.api.generation_request import MAX_LOGPROBS, UNSERVED, GenerationRequest, TokenId
+from penstock.protos.errors import ApiError
 
 MAX_PROMPTS = 1024
 DEFAULT_MAX_TOKENS = 16
@@ -40,12 +41,34 @@ class CompletionRequest(GenerationRequest):
     prompt: Prompt
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS, description="alternatives per token")
     add_special_tokens: bool | None = None
+    max_tokens: int | None = Field(None, ge=0, le=2**31 - 1, description="0: the prompt alone, to score it")
+    suffix: str | None = Field(None, max_length=1 << 24, description="what follows the text to fill in")
 
-    unserved: ClassVar[dict[str, Callable[[Any], bool]]] = {**UNSERVED, "best_of": lambda value: True}
+    unserved: ClassVar[dict[str, Callable[[Any], bool]]] = {
+        name: off for name, off in UNSERVED.items() if name != "suffix"
+    }
 
     @property
     def alternatives(self) -> int | None:
         return self.logprobs
+
+    def check(self) -> None:
+        super().check()
+        if self.max_tokens == 0 and not self.echo and self.prompt_logprobs is None:
+            raise ApiError(
+                "invalid_value",
+                "'max_tokens': 0 is only allowed with 'echo' or 'prompt_logprobs'.",
+                "max_tokens",
+            )
+        if self.suffix:
+            self._check_suffix()
+
+    def _check_suffix(self) -> None:
+        for name in ("echo", "truncate_prompt_tokens"):
+            if getattr(self, name):
+                raise ApiError("invalid_value", f"'suffix' and '{name}' exclude each other.", "suffix")
+        if self.texts is None:
+            raise ApiError("invalid_value", "'suffix' needs a prompt that is text.", "suffix")
 
     @property
     def texts(self) -> list[str] | None:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import orjson
@@ -14,52 +12,24 @@ from pydantic import ValidationError
 
 from penstock.frontend.accounting import Accounting
 from penstock.frontend.api.answer import Frames, StreamAnswer, WholeAnswer
+from penstock.frontend.api.constraint import constrained
 from penstock.frontend.api.generation_request import GenerationRequest, ignored_header, refuse_unserved
 from penstock.frontend.api.identity import Identity
-from penstock.frontend.catalog import Model
+from penstock.frontend.api.plan import Plan, remaining
+from penstock.frontend.api.ranking import num_candidates
+from penstock.frontend.best_of import BestOf
 from penstock.frontend.context import Context
-from penstock.frontend.effective import (
-    Chosen,
-    check_min_tokens,
-    check_vocabulary,
-    choose_sampling,
-    output_limit,
-)
 from penstock.frontend.errors import in_api_names, printable, unsupported, validation_error
 from penstock.frontend.exchange import Exchange
-from penstock.frontend.generation import TextOptions, submit
+from penstock.frontend.generation import Listener, OnText, submit
 from penstock.frontend.handle import Handle
-from penstock.frontend.prompts import encode_bad_words
-from penstock.frontend.tokenizer_client import ModelTokenizer
-from penstock.protos import engine_pb2, log
+from penstock.protos import log
 from penstock.protos.errors import ApiError
 
-_MAX_TIMEOUT_S = 24 * 3600.0
-MAX_TOTAL_CHOICES = 4096
-# Log-probabilities of prompt tokens in one answer: some 50 bytes each.
-MAX_PROMPT_LOGPROBS = 200_000
 # Engine requests of one HTTP request at a time: a long list of prompts must not fill the engine's queue.
 MAX_IN_FLIGHT = 64
 R = TypeVar("R", bound=GenerationRequest)
 Body = Callable[[Identity, WholeAnswer], dict[str, Any]]
-
-
-@dataclass(slots=True)
-class Plan:
-    """A request ready for the engines: one engine request per prompt."""
-
-    model: Model
-    request: GenerationRequest
-    prompts: list[list[int]]
-    engine_requests: list[engine_pb2.GenerateRequest]
-    options: TextOptions
-    effective: Chosen
-    timeout_s: float | None
-    prompt_param: str  # the endpoint's field that the prompts came from
-
-    @property
-    def n(self) -> int:
-        return self.request.n or 1
 
 
 async def read_request(kind: type[R], exchange: Exchange, context: Context) -> tuple[R, dict[str, Any]]:
@@ -92,122 +62,6 @@ def report_ignored(names: list[str], exchange: Exchange, context: Context) -> No
     exchange.extra_headers.append((b"x-penstock-ignored", ignored_header(names)))
 
 
-def timeout_of(exchange: Exchange) -> float | None:
-    """Seconds from arrival, by the header x-request-timeout. Raises ApiError."""
-    given = exchange.header(b"x-request-timeout")
-    if given is None:
-        return None
-    try:
-        seconds = float(given)
-    except ValueError:
-        seconds = math.nan
-    if not 0 < seconds <= _MAX_TIMEOUT_S:
-        raise ApiError(
-            "invalid_value",
-            f"The header x-request-timeout must be a number of seconds up to {_MAX_TIMEOUT_S:.0f}.",
-            "x-request-timeout",
-        )
-    return seconds
-
-
-def remaining(exchange: Exchange, timeout_s: float | None) -> float | None:
-    """What is left of a timeout that began at arrival. Raises ApiError when nothing is."""
-    if timeout_s is None:
-        return None
-    left = timeout_s - exchange.seconds
-    if left <= 0:
-        raise ApiError("timeout", "The deadline passed before the request was started.")
-    return left
-
-
-async def make_plan(
-    exchange: Exchange,
-    context: Context,
-    model: Model,
-    tokenizer: ModelTokenizer,
-    request: GenerationRequest,
-    prompts: list[list[int]],
-    *,
-    wanted: int | None,
-    alternatives: int | None,
-    prompt_param: str,
-    stop_token_ids: list[int],
-) -> Plan:
-    """wanted: output tokens asked for, None: what fits. alternatives: per token, None: no logprobs."""
-    timeout_s = timeout_of(exchange)
-    check_vocabulary(request, model.info.vocab_size)
-    if len(prompts) * (request.n or 1) > MAX_TOTAL_CHOICES:
-        raise ApiError(
-            "invalid_value", f"'n' times the number of prompts must be at most {MAX_TOTAL_CHOICES}.", "n"
-        )
-    _check_prompt_logprobs(request, prompts)
-    sampling, chosen = choose_sampling(request, context.overrides, model.info.generation_defaults)
-    if request.bad_words:
-        sampling.bad_words.extend(
-            await encode_bad_words(tokenizer, request.bad_words, remaining(exchange, timeout_s))
-        )
-    engine_requests = []
-    for index, ids in enumerate(prompts):
-        limit = output_limit(
-            wanted, len(ids), model.info.max_model_len, strict=context.strict_length, param=prompt_param
-        )
-        check_min_tokens(request, limit)
-        engine_requests.append(
-            _engine_request(exchange, request, sampling, ids, limit, stop_token_ids, index)
-        )
-    options = TextOptions(
-        skip_special_tokens=request.skip_special_tokens is not False,
-        spaces_between_special_tokens=request.spaces_between_special_tokens is not False,
-        stop=request.stops,
-        include_stop=bool(request.include_stop_str_in_output),
-        logprobs=alternatives,
-        keep_token_ids=bool(request.return_token_ids),
-    )
-    return Plan(model, request, prompts, engine_requests, options, chosen, timeout_s, prompt_param)
-
-
-def _check_prompt_logprobs(request: GenerationRequest, prompts: list[list[int]]) -> None:
-    if request.prompt_logprobs is None:
-        return
-    tokens = sum(len(ids) for ids in prompts) * (request.n or 1)
-    count = tokens * (request.prompt_logprobs + 1)
-    if count > MAX_PROMPT_LOGPROBS:
-        raise ApiError(
-            "invalid_value",
-            f"'prompt_logprobs' would make {count} log-probabilities (prompt tokens x (prompt_logprobs + 1)"
-            f" x n); at most {MAX_PROMPT_LOGPROBS} are allowed.",
-            "prompt_logprobs",
-        )
-
-
-def _engine_request(
-    exchange: Exchange,
-    request: GenerationRequest,
-    sampling: engine_pb2.SamplingParams,
-    ids: list[int],
-    limit: int,
-    stop_token_ids: list[int],
-    index: int,
-) -> engine_pb2.GenerateRequest:
-    made = engine_pb2.GenerateRequest(
-        request_id=exchange.request_id if index == 0 else f"{exchange.request_id[:120]}-{index}",
-        sampling=sampling,
-        n=request.n or 1,
-    )
-    made.prompt_ids.ids.extend(ids)
-    made.stop.max_new_tokens = limit
-    made.stop.min_new_tokens = request.min_tokens or 0
-    made.stop.stop_token_ids.extend(dict.fromkeys([*(request.stop_token_ids or []), *stop_token_ids]))
-    made.stop.ignore_eos = bool(request.ignore_eos)
-    if request.prompt_logprobs is not None:
-        made.output.prompt_logprobs = request.prompt_logprobs
-    if request.cache_salt is not None:
-        made.cache.salt = request.cache_salt
-    if request.priority is not None:
-        made.scheduling.priority = request.priority
-    return made
-
-
 async def answer(
     exchange: Exchange,
     context: Context,
@@ -224,11 +78,15 @@ async def answer(
         created=int(time.time()),
         model=plan.model.id,
         n=plan.n,
-        with_logprobs=plan.options.logprobs is not None,
+        with_logprobs=plan.alternatives is not None,
         with_token_ids=bool(request.return_token_ids),
         with_usage=bool(options and options.include_usage),
         prompt_ids=plan.prompts if request.return_token_ids else None,
         effective=plan.effective if request.return_effective_params else None,
+        echoes=plan.echoes,
+        hides_special=plan.options.skip_special_tokens,
+        tokens_as_ids=bool(request.return_tokens_as_token_ids),
+        prompt_alternatives=request.prompt_logprobs,
     )
     accounting = Accounting(context.metrics, plan.model.id, exchange.arrived, len(plan.prompts), plan.n)
     accounting.asked(plan.n, request.output_limit)
@@ -251,7 +109,7 @@ async def _answer_whole(
     finally:
         context.answers.discard(whole)
         whole.close()
-    if plan.request.prompt_logprobs is None:
+    if not plan.engine_requests[0].output.HasField("prompt_logprobs"):
         await exchange.respond_json(body(identity, whole))
     else:  # megabytes, whose making would hold up every stream
         await exchange.respond(200, await asyncio.to_thread(lambda: orjson.dumps(body(identity, whole))))
@@ -346,13 +204,20 @@ async def _start_rest(
 async def _submit(
     exchange: Exchange, context: Context, plan: Plan, listening: StreamAnswer | WholeAnswer, prompt: int
 ) -> Handle:
+    listener: Listener = listening.listeners[prompt]
+    on_text: OnText | None = listening.text_writer(prompt)
+    if plan.engine_requests[prompt].n > plan.n:
+        shows = plan.alternatives is not None
+        count = num_candidates(plan.request)
+        listener = BestOf(listener, plan.n, count, shows_logprobs=shows, on_chosen=plan.on_chosen)
+        on_text = None
     handle = await submit(
         context.services,
         plan.model,
-        plan.engine_requests[prompt],
+        constrained(plan.engine_requests[prompt], plan.asked),
         plan.options,
-        listening.listeners[prompt],
-        on_text=listening.text_writer(prompt),
+        listener,
+        on_text=on_text,
         timeout_s=remaining(exchange, plan.timeout_s),
     )
     listening.handles.append(handle)
@@ -369,7 +234,7 @@ async def _refusal(handle: Handle, plan: Plan) -> ApiError | None:
     try:
         await handle.admitted()
     except ApiError as error:
-        return in_api_names(error, plan.prompt_param)
+        return in_api_names(error, plan.prompt_param, None if plan.asked is None else plan.asked.param)
     return None
 
 

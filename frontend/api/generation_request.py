@@ -8,10 +8,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator
 
+from penstock.frontend.api.constraint_request import (
+    Choices,
+    JsonSource,
+    Pattern,
+    ResponseFormat,
+    StructuredOutputs,
+    Whitespace,
+)
+from penstock.frontend.api.ranking import check_ranking
 from penstock.frontend.errors import printable, unsupported
 from penstock.protos.errors import ApiError
 
@@ -84,7 +93,27 @@ class GenerationRequest(StrictModel):
     )
     request_id: str | None = Field(None, min_length=1, max_length=128, pattern=r"^[!-~]+$")
     return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = Field(None, description="token_id:N in log-probabilities")
+    logprob_token_ids: list[TokenId] | None = Field(
+        None, max_length=128, description="log-probabilities of these ids instead of the best ones"
+    )
+    echo: bool | None = Field(None, description="the prompt in front of the answer")
+    best_of: int | None = Field(None, ge=1, le=MAX_CHOICES, description="at least n, the default")
+    use_beam_search: bool | None = None
+    length_penalty: float | None = Field(None, ge=-5, le=5, allow_inf_nan=False)
+    early_stopping: bool | Literal["never"] | None = None
     return_effective_params: bool | None = Field(None, description="echo the sampling values used")
+    # The form of the answer: at most one of them.
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    structural_tag: JsonSource | None = None
+    guided_json: JsonSource | None = Field(None, description="a JSON schema")
+    guided_regex: Pattern | None = None
+    guided_choice: Choices | None = None
+    guided_grammar: Pattern | None = Field(None, description="Lark or EBNF")
+    guided_json_object: bool | None = None
+    guided_whitespace_pattern: Whitespace | None = Field(None, description="between the parts of JSON")
+    guided_decoding_backend: str | None = Field(None, max_length=64, description="no effect")
     # Known to clients of the OpenAI API, without an effect on what is generated here.
     user: str | None = None
     metadata: dict[str, Any] | None = None
@@ -121,6 +150,11 @@ class GenerationRequest(StrictModel):
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
     @property
+    def alternatives(self) -> int | None:
+        """Alternatives per token, None without log-probabilities."""
+        return None
+
+    @property
     def output_limit(self) -> int | None:
         return self.max_tokens
 
@@ -129,6 +163,9 @@ class GenerationRequest(StrictModel):
         names = [name for name in self.model_extra or {} if name not in self.unserved]
         if self.stream_options is not None:
             names += [f"stream_options.{name}" for name in self.stream_options.model_extra or {}]
+        for part in ("response_format", "structured_outputs"):
+            value = getattr(self, part)
+            names += [f"{part}.{name}" for name in (value.model_extra if value is not None else None) or {}]
         return names
 
     def check(self) -> None:
@@ -144,6 +181,7 @@ class GenerationRequest(StrictModel):
         limit = self.output_limit
         if limit is not None and (self.min_tokens or 0) > limit:
             raise ApiError("invalid_value", "'min_tokens' must not be above the output limit.", "min_tokens")
+        check_ranking(self)
 
 
 def absent(value: Any) -> bool:
@@ -164,27 +202,9 @@ def one_of(*values: Any) -> Callable[[Any], bool]:
 
 UNSERVED: dict[str, Callable[[Any], bool]] = {
     "suffix": empty,
-    "echo": off,
-    "use_beam_search": off,
-    "length_penalty": one_of(1, 1.0),
-    "early_stopping": off,
-    "response_format": lambda value: (
-        value is None or (isinstance(value, dict) and value.get("type") == "text")
-    ),
-    "structured_outputs": empty,
-    "guided_json": absent,
-    "guided_regex": absent,
-    "guided_choice": absent,
-    "guided_grammar": absent,
-    "guided_json_object": off,
-    "guided_decoding_backend": absent,
-    "guided_whitespace_pattern": absent,
-    "structural_tag": absent,
-    "logprob_token_ids": empty,
     "logits_processors": empty,
     "prompt_embeds": absent,
     "thinking_token_budget": absent,
-    "return_tokens_as_token_ids": off,
 }
 
 
@@ -193,9 +213,6 @@ def refuse_unserved(raw: dict[str, Any], unserved: dict[str, Callable[[Any], boo
     for name in raw:
         if name in unserved and not unserved[name](raw[name]):
             raise unsupported(name)
-    best_of = raw.get("best_of")
-    if best_of is not None and (isinstance(best_of, bool) or best_of != (raw.get("n") or 1)):
-        raise unsupported("best_of", "must equal 'n' on this server")
 
 
 def ignored_header(names: Iterable[str]) -> bytes:

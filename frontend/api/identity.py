@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from penstock.frontend.api.echo import Echo
 from penstock.frontend.effective import Chosen
 
 
@@ -20,3 +21,7 @@ class Identity:
     with_usage: bool = False  # a last chunk with the usage
     prompt_ids: list[list[int]] | None = None  # to be shown, one list per prompt
     effective: Chosen | None = None  # to be shown
+    echoes: list[Echo] | None = None  # to be shown, one per prompt
+    hides_special: bool = True  # special tokens are no part of the text
+    tokens_as_ids: bool = False  # in log-probabilities
+    prompt_alternatives: int | None = None  # per prompt token, None: no prompt_logprobs to show

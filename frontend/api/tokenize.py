@@ -7,8 +7,9 @@ from typing import Annotated, Any
 from pydantic import Field, ValidationError
 
 from penstock.frontend.api.chat_request import ChatRequest, Messages
-from penstock.frontend.api.generate import parse_request, report_ignored, timeout_of
+from penstock.frontend.api.generate import parse_request, report_ignored
 from penstock.frontend.api.generation_request import StrictModel, TokenId
+from penstock.frontend.api.plan import timeout_of
 from penstock.frontend.context import Context
 from penstock.frontend.effective import check_prompt_ids
 from penstock.frontend.errors import validation_error
@@ -73,7 +74,13 @@ async def _rendered(exchange: Exchange, context: Context, raw: dict[str, Any]) -
     model = context.services.resolve(request.model)
     tokenizer = context.services.tokenizer_for(model)
     answer = await render_chat(
-        tokenizer, model, request, raw["messages"], exchange.request_id, timeout_of(exchange)
+        tokenizer,
+        model,
+        request,
+        raw["messages"],
+        exchange.request_id,
+        timeout_of(exchange),
+        request.tool_use(),
     )
     return list(answer.ids)
 

@@ -14,7 +14,7 @@ keeps that character, where decoding everything at once would replace it.
 from __future__ import annotations
 
 import codecs
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from tokenizers.decoders import DecodeStream
@@ -32,7 +32,8 @@ _REPLACEMENT = "�"
 class Detokenizer(Protocol):
     """at_start: nothing has been written yet, neither by the prompt nor since."""
 
-    at_start: bool
+    @property
+    def at_start(self) -> bool: ...
 
     def feed(self, token_id: int) -> str:
         """The text that became certain with this token, possibly none."""
@@ -44,11 +45,18 @@ class Detokenizer(Protocol):
 
 
 def make_detokenizer(
-    vocabulary: Vocabulary, prompt_ids: Sequence[int], skip_special_tokens: bool
+    vocabulary: Vocabulary,
+    prompt_ids: Sequence[int],
+    skip_special_tokens: bool,
+    shown_ids: frozenset[int] = frozenset(),
 ) -> Detokenizer:
-    if vocabulary.family is Family.OTHER:
-        return WindowDetokenizer(vocabulary, prompt_ids, skip_special_tokens)
-    return PieceDetokenizer(vocabulary, prompt_ids, skip_special_tokens)
+    """shown_ids: special tokens that are shown although the others are skipped."""
+    if vocabulary.family is not Family.OTHER:
+        return PieceDetokenizer(vocabulary, prompt_ids, skip_special_tokens, shown_ids)
+    window = WindowDetokenizer(vocabulary, prompt_ids, skip_special_tokens)
+    if shown_ids and skip_special_tokens:
+        return ShowingDetokenizer(window, {i: vocabulary.special_text[i] for i in shown_ids})
+    return window
 
 
 class PieceDetokenizer:
@@ -56,9 +64,15 @@ class PieceDetokenizer:
 
     __slots__ = ("_buffer", "_is_byte_level", "_num_seed_bytes", "_pieces", "_vocabulary", "at_start")
 
-    def __init__(self, vocabulary: Vocabulary, prompt_ids: Sequence[int], skip_special_tokens: bool) -> None:
+    def __init__(
+        self,
+        vocabulary: Vocabulary,
+        prompt_ids: Sequence[int],
+        skip_special_tokens: bool,
+        shown_ids: frozenset[int] = frozenset(),
+    ) -> None:
         self._vocabulary = vocabulary
-        self._pieces = vocabulary.pieces(skip_special_tokens)
+        self._pieces = vocabulary.pieces(skip_special_tokens, shown_ids)
         self._is_byte_level = vocabulary.family is Family.BYTE_LEVEL
         self._buffer = b""
         # Byte-level decoders treat the start of a text like any other place.
@@ -177,6 +191,27 @@ class WindowDetokenizer:
         text = self._beyond_window()
         self._sent()
         return text
+
+
+class ShowingDetokenizer:
+    """A detokenizer that skips special tokens, but for some that it shows as they are written."""
+
+    __slots__ = ("_inner", "_shown")
+
+    def __init__(self, inner: Detokenizer, shown: Mapping[int, str]) -> None:
+        self._inner = inner
+        self._shown = shown
+
+    @property
+    def at_start(self) -> bool:
+        return self._inner.at_start
+
+    def feed(self, token_id: int) -> str:
+        text = self._shown.get(token_id)
+        return self._inner.feed(token_id) if text is None else self._inner.flush() + text
+
+    def flush(self) -> str:
+        return self._inner.flush()
 
 
 def _replace_each_byte(error: UnicodeError) -> tuple[str, int]:

@@ -5,7 +5,7 @@ Pieces are computed when first seen and kept; a vocabulary is shared by every st
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from tokenizers import AddedToken, Tokenizer
 
@@ -37,9 +37,10 @@ class Vocabulary:
         self.family: Family = self._bytes.family
         added = tokenizer.get_added_tokens_decoder()
         self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
+        self.added_ids = {token.content: token_id for token_id, token in added.items()}
         self.special_text = {token_id: added[token_id].content for token_id in self.special_ids}
         self._shown = Pieces(self, frozenset())
-        self._skipped = Pieces(self, self.special_ids)
+        self._skipped: dict[frozenset[int], Pieces] = {frozenset(): Pieces(self, self.special_ids)}
         self._raw: dict[tuple[int, bool], bytes] = {}
 
     @classmethod
@@ -55,8 +56,19 @@ class Vocabulary:
         except Exception as error:  # the library raises bare Exception
             raise ValueError("not a tokenizer.json") from error
 
-    def pieces(self, skip_special_tokens: bool) -> Pieces:
-        return self._skipped if skip_special_tokens else self._shown
+    def pieces(self, skip_special_tokens: bool, shown_ids: frozenset[int] = frozenset()) -> Pieces:
+        """shown_ids: special tokens that are shown although the others are skipped."""
+        if not skip_special_tokens:
+            return self._shown
+        found = self._skipped.get(shown_ids)
+        if found is None:
+            found = self._skipped[shown_ids] = Pieces(self, self.special_ids - shown_ids)
+        return found
+
+    def special_among(self, texts: Iterable[str]) -> frozenset[int]:
+        """The ids of those texts that are special tokens."""
+        wanted = frozenset(texts)
+        return frozenset(token_id for token_id, text in self.special_text.items() if text in wanted)
 
     def piece(self, token_id: int) -> str | bytes | None:
         """What the token adds anywhere but at the start of a text; see Pieces."""

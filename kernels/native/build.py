@@ -62,7 +62,7 @@ def _compiler() -> list[str]:
 
 def _compile(compiler: list[str], folder: Path) -> Path:
     sets = instruction_sets()
-    units = [(name, "generic", ()) for name in PLAIN]
+    units: list[tuple[str, str, tuple[str, ...]]] = [(name, "generic", ()) for name in PLAIN]
     units += [(name, isa, sets[isa]) for name, wanted in VARIANTS.items() for isa in sets if isa in wanted]
 
     def compile_one(unit: tuple[str, str, tuple[str, ...]]) -> Path:

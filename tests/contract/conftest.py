@@ -198,19 +198,21 @@ def tools() -> ModuleType:
 
 @pytest.fixture
 async def serve(tmp_path: Path, fakes: ModuleType) -> AsyncIterator[Callable[..., Awaitable[Served]]]:
-    """serve(engine_options={}, generation_defaults={}, **fields of FrontendConfig) -> Served, ready. After
-    the test nothing may be left running."""
+    """serve(engine_options={}, generation_defaults={}, tokenizer_options={}, **fields of FrontendConfig) ->
+    Served, ready. After the test nothing may be left running."""
     started: list[Served] = []
 
     async def start(
         engine_options: dict[str, Any] | None = None,
         *,
         generation_defaults: dict[str, Any] | None = None,
+        tokenizer_options: dict[str, Any] | None = None,
         ready: bool = True,
         **fields: Any,
     ) -> Served:
         number = len(started)
-        tokenizer = await _support("fake_tokenizer").FakeTokenizer(f"unix:{tmp_path}/t{number}.sock").start()
+        fake = _support("fake_tokenizer").FakeTokenizer
+        tokenizer = await fake(f"unix:{tmp_path}/t{number}.sock", **(tokenizer_options or {})).start()
         options = {"fingerprint": tokenizer.fingerprint, "eos_token_ids": [tokenizer.eos_id]}
         options |= engine_options or {}
         engine = fakes.FakeEngine(f"unix:{tmp_path}/e{number}.sock", **options)

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from penstock.frontend.api.generate import MAX_IN_FLIGHT, MAX_PROMPT_LOGPROBS
+from penstock.frontend.api.generate import MAX_IN_FLIGHT
+from penstock.frontend.api.plan import MAX_PROMPT_LOGPROBS
 from penstock.protos.errors import ApiError
 
 COUNT = 3 * MAX_IN_FLIGHT + 5

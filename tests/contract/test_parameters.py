@@ -118,7 +118,11 @@ async def test_messages(served: Any) -> None:
     history = [
         {"role": "developer", "content": "be brief"},
         {"role": "user", "content": "2+2?"},
-        {"role": "assistant", "content": None, "tool_calls": [{"id": "1", "type": "function"}]},
+        {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [{"id": "1", "type": "function", "function": {"name": "add", "arguments": "{}"}}],
+        },
         {"role": "tool", "content": "4", "tool_call_id": "1"},
     ]
     assert (await served.chat(messages=history, max_tokens=1)).status_code == 200
@@ -128,29 +132,33 @@ async def test_messages(served: Any) -> None:
 
 
 REFUSED = [
-    ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools", "chat"),
-    ({"tool_choice": "required"}, "tool_choice", "chat"),
-    ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice", "chat"),
-    ({"functions": [{"name": "f"}]}, "functions", "chat"),
-    ({"function_call": {"name": "f"}}, "function_call", "chat"),
     ({"audio": {"voice": "x", "format": "wav"}}, "audio", "chat"),
     ({"modalities": ["text", "audio"]}, "modalities", "chat"),
     ({"web_search_options": {}}, "web_search_options", "chat"),
     ({"prediction": {"type": "content", "content": "x"}}, "prediction", "chat"),
-    ({"response_format": {"type": "json_object"}}, "response_format", ""),
-    ({"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format", ""),
-    ({"structured_outputs": {"regex": "a"}}, "structured_outputs", ""),
-    ({"guided_json": {}}, "guided_json", ""),
-    ({"guided_regex": "a"}, "guided_regex", ""),
-    ({"guided_choice": ["a"]}, "guided_choice", ""),
-    ({"guided_grammar": "a"}, "guided_grammar", ""),
-    ({"use_beam_search": True}, "use_beam_search", ""),
-    ({"best_of": 4}, "best_of", ""),
-    ({"best_of": 1, "n": 2}, "best_of", ""),
-    ({"length_penalty": 2}, "length_penalty", ""),
-    ({"echo": True}, "echo", ""),
+    *(
+        ({"use_beam_search": True, name: value}, name, "")
+        for name, value in {
+            "top_p": 0.5,
+            "top_k": 5,
+            "min_p": 0.1,
+            "presence_penalty": 1,
+            "frequency_penalty": -1,
+            "repetition_penalty": 1.5,
+            "logit_bias": {"5": 1},
+            "allowed_token_ids": [5],
+            "bad_words": ["x"],
+            "response_format": {"type": "json_object"},
+            "structured_outputs": {"regex": "a"},
+            "structural_tag": {"structures": [], "triggers": []},
+            "guided_json": {},
+            "guided_regex": "a",
+            "guided_choice": ["a"],
+            "guided_grammar": "a",
+            "guided_json_object": True,
+        }.items()
+    ),
     ({"suffix": "x"}, "suffix", ""),
-    ({"logprob_token_ids": [1]}, "logprob_token_ids", ""),
     ({"prompt_embeds": "x"}, "prompt_embeds", ""),
 ]
 
@@ -176,6 +184,8 @@ async def test_their_idle_values_are_accepted(served: Any) -> None:
         "echo": False,
         "suffix": None,
         "logprob_token_ids": None,
+        "early_stopping": False,
+        "return_tokens_as_token_ids": False,
     }
     chat = {
         "tools": [],
@@ -232,6 +242,15 @@ BAD = [
     ({"n": 10**9}, "n", "invalid_value"),
     ({"n": "2"}, "n", "invalid_type"),
     ({"max_tokens": 0}, "max_tokens", "invalid_value"),
+    ({"best_of": 1, "n": 2}, "best_of", "invalid_value"),
+    ({"best_of": 129}, "best_of", "invalid_value"),
+    ({"best_of": 33, "use_beam_search": True}, "best_of", "invalid_value"),
+    ({"n": 33, "use_beam_search": True}, "n", "invalid_value"),
+    ({"length_penalty": 2}, "length_penalty", "invalid_value"),
+    ({"length_penalty": 6, "use_beam_search": True}, "length_penalty", "invalid_value"),
+    ({"early_stopping": True}, "early_stopping", "invalid_value"),
+    ({"logprob_token_ids": [1]}, "logprob_token_ids", "invalid_value"),
+    ({"use_beam_search": "yes"}, "use_beam_search", "invalid_type"),
     ({"max_tokens": -1}, "max_tokens", "invalid_value"),
     ({"min_tokens": 5, "max_tokens": 4}, "min_tokens", "invalid_value"),
     ({"min_tokens": 100_000}, "min_tokens", "invalid_value"),

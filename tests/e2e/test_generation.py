@@ -147,3 +147,49 @@ def test_a_stop_string_never_leaks_and_ends_the_work(client: Any) -> None:
         model="tiny", prompt="stop here", max_tokens=40, temperature=0, stop=stop, stream=True
     )
     assert "".join(chunk.choices[0].text for chunk in stream if chunk.choices) == done.choices[0].text
+
+
+async def test_beams_best_of_and_echo_over_http(async_client: Any, reference: Any, stack: Any) -> None:
+    """A3.17, A3.14, A4.10: beams are transformers' own, whole and streamed; the best of several are among
+    them."""
+    prompt, width = "ab prompt", 4
+    ids = reference.tokenizer(prompt)["input_ids"]
+    model = AutoModelForCausalLM.from_pretrained(stack.folder, dtype=torch.float32)
+    made = model.generate(
+        torch.tensor([ids]), num_beams=width, num_return_sequences=3, max_new_tokens=8, do_sample=False
+    )
+    ends = (model.generation_config.eos_token_id, model.generation_config.pad_token_id)
+    expected = [[token for token in row[len(ids) :].tolist() if token not in ends] for row in made]
+    asked = {"model": "tiny", "prompt": prompt, "max_tokens": 8, "n": 3}
+    extra = {"use_beam_search": True, "best_of": width, "return_token_ids": True}
+    done = await async_client.completions.create(**asked, extra_body=extra)
+    assert [[t for t in choice.token_ids if t not in ends] for choice in done.choices] == expected
+    texts: dict[int, str] = {}
+    async for chunk in await async_client.completions.create(**asked, stream=True, extra_body=extra):
+        for choice in chunk.choices:
+            texts[choice.index] = texts.get(choice.index, "") + choice.text
+    assert texts == {choice.index: choice.text for choice in done.choices}
+
+    alone = await async_client.completions.create(
+        model="tiny", prompt=prompt, max_tokens=8, n=5, seed=4, temperature=1.5, logprobs=0
+    )
+    ranked = sorted(
+        alone.choices,
+        key=lambda choice: -sum(choice.logprobs.token_logprobs) / len(choice.logprobs.token_logprobs),
+    )
+    best = await async_client.completions.create(
+        model="tiny", prompt=prompt, max_tokens=8, n=2, seed=4, temperature=1.5, best_of=5
+    )
+    assert [choice.text for choice in best.choices] == [choice.text for choice in ranked[:2]]
+
+    scored = await async_client.completions.create(
+        model="tiny", prompt=prompt, max_tokens=0, echo=True, logprobs=1
+    )
+    with torch.no_grad():
+        logprobs = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+    exact = [float(logprobs[place, token]) for place, token in enumerate(ids[1:])]
+    block = scored.choices[0].logprobs
+    assert scored.choices[0].text == prompt
+    assert block.token_logprobs[0] is None
+    assert block.token_logprobs[1:] == pytest.approx(exact, abs=1e-3)
+    assert block.text_offset == list(range(len(prompt)))

@@ -29,6 +29,7 @@ _SERVER_TESTS = (
     "tensor_parallel",
 )
 _PROPERTY_TESTS = ("scheduler", "block_pool", "validation")
+_GRAMMAR_TESTS = ("constraints", "constrained_engine", "generated_schemas", "grammar_checks")
 
 
 def _missing(*packages: str) -> bool:
@@ -61,6 +62,11 @@ for _name in _FAKES:
 collect_ignore: list[str] = []
 if _missing("hypothesis"):
     collect_ignore += [f"test_{name}.py" for name in _PROPERTY_TESTS]
+if _missing("llguidance", "jsonschema"):
+    collect_ignore += [f"test_{name}.py" for name in _GRAMMAR_TESTS]
+else:
+    _register("constrained")
+    _register("schemas")
 if _missing(*_SERVER_PACKAGES):
     collect_ignore += [f"test_{name}.py" for name in _SERVER_TESTS]
 else:

@@ -36,6 +36,7 @@ class FakeModelError(Exception):
 class FakeBuilt:
     runner: FakeRunner
     ready: Ready
+    constraints: None = None
 
 
 def build(configure: Configure, on_progress: Callable[[int, int], None]) -> FakeBuilt:

@@ -126,6 +126,7 @@ class FakeRunner:
     def start(self, plan: StepPlan) -> FakeStep:
         try:
             rows = rows_of(plan)
+            self._copy_blocks(plan.copies.tolist())
             self.plans.append([(row.key, row.count) for row in rows])
             self._check_plan(plan, rows)
             if self.on_run is not None:
@@ -151,6 +152,15 @@ class FakeRunner:
         assert sequence.slot >= 0
         self.forgotten.append(sequence.key)
         self.held.discard(sequence)
+
+    def _copy_blocks(self, pairs: list[list[int]]) -> None:
+        targets = {target for _, target in pairs}
+        assert len(targets) == len(pairs), "two copies to one block"
+        assert not targets & {source for source, _ in pairs}, "a copy of a copy"
+        for source, target in pairs:
+            for place in range(self.block_size):
+                if (source, place) in self.memory:
+                    self.memory[target, place] = self.memory[source, place]
 
     def _check_plan(self, plan: StepPlan, rows: list[Row]) -> None:
         """No two sequences write one block, in this step or one in flight; nothing goes beyond its limits."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections import defaultdict
 from dataclasses import dataclass, field
 
 from fake_runner import FakeRunner
 
+from penstock.engine_service.core.constraints import Constraints
 from penstock.engine_service.core.inbox import Inbox
 from penstock.engine_service.core.loop import EngineLoop
 from penstock.engine_service.core.messages import (
@@ -50,6 +52,7 @@ class Harness:
         max_model_len: int = 512,
         enable_prefix_caching: bool = True,
         drafter: Drafter | None = None,
+        constraints: Constraints | None = None,
     ) -> None:
         self.inbox = Inbox()
         self.sent: list[FromCore] = []
@@ -66,6 +69,7 @@ class Harness:
             max_model_len=max_model_len,
             enable_prefix_caching=enable_prefix_caching,
             drafter=drafter,
+            constraints=constraints,
         )
 
     def send(self, message: FromCore) -> None:
@@ -106,6 +110,18 @@ class Harness:
             self.loop.step()
         raise AssertionError(f"still working after {limit} steps")
 
+    def run_until_over(self, *requests: AddRequest, limit_s: float = 60.0) -> dict[int, Said]:
+        """As `generate`, for requests that wait for something beside the loop."""
+        self.put(*requests)
+        end = time.monotonic() + limit_s
+        while any(len(self.said[r.id].finished) < r.n and not self.said[r.id].failures for r in requests):
+            if time.monotonic() > end:
+                raise AssertionError("requests that never end")
+            self.loop.step(1.0)
+        self.run()
+        self.check_idle()
+        return self.said
+
     def generate(self, *requests: AddRequest) -> dict[int, Said]:
         self.put(*requests)
         self.run()
@@ -121,10 +137,10 @@ class Harness:
         scheduler = self.loop.scheduler
         assert not scheduler.live()
         assert not len(scheduler._running)
-        assert not scheduler._retired
-        assert sorted(scheduler._free_slots) == list(range(scheduler.table.num_slots))
+        assert not scheduler._seats.has_retired
+        assert sorted(scheduler._seats._free) == list(range(scheduler.table.num_slots))
         assert not any(scheduler.table.owners)
-        assert not scheduler._running_of
+        assert not scheduler._seats.num_requests
         assert not scheduler._suspects
         assert not scheduler._kv._chains
         assert not len(self.loop._postprocessor._prompt_rows)

@@ -17,6 +17,7 @@ import torch
 from sampler_rows import append, sample
 from torch import Tensor
 
+from penstock.engine_service.core.constraint_masks import ConstraintMasks, RowMasks
 from penstock.engine_service.core.device_edits import mask_of
 from penstock.engine_service.core.device_sampler import DeviceSampler, SampledRows
 from penstock.engine_service.core.messages import AddRequest, Sampling
@@ -142,12 +143,13 @@ def test_min_tokens_go_by_the_position_not_by_what_is_known(device: torch.device
         assert (token == 1) == chosen
 
 
-def test_masks_join_the_allowed_ids(device: torch.device) -> None:
+def test_masks_join_the_allowed_ids(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     logits = random_logits(2)
     logits[1, 40] = 50.0
     mask = mask_of(np.array([3, 31, 32, 299]), VOCAB)
     sequences = [make_sequence(0), make_sequence(1, allowed_token_ids=[31, 40])]
-    result = run(new_sampler(device), logits, sequences, masks={0: mask, 1: mask})
+    monkeypatch.setattr(ConstraintMasks, "of", lambda masks, rows: RowMasks({0: mask, 1: mask}))
+    result = run(new_sampler(device), logits, sequences)
     allowed = [3, 31, 32, 299]
     assert result.tokens.tolist() == [allowed[int(logits[0, allowed].argmax())], 31]
 

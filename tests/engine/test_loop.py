@@ -350,3 +350,21 @@ def test_inbox_hands_over_batches_in_order() -> None:
     for number in range(3):
         inbox.put(Ping(number))
     assert [message.serial for message in inbox.take(5.0)] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("enable_prefix_caching", [True, False])
+def test_choices_share_the_prompts_blocks_which_are_computed_once(enable_prefix_caching: bool) -> None:
+    harness = Harness(enable_prefix_caching=enable_prefix_caching, num_blocks=60)
+    prompt = list(range(1, 60))
+    harness.put(AddRequest(id=1, prompt=prompt, n=5, max_new_tokens=4))
+    harness.steps(3)
+    # Three full blocks of the prompt for all, and two of its own for each of five.
+    assert harness.loop.load().kv_blocks_used <= 3 + 5 * 2
+    harness.run()
+    harness.check_idle()
+    assert isinstance(harness.runner, FakeRunner)
+    computed = sum(count for rows in harness.runner.plans for _, count in rows)
+    # The others begin behind the full blocks: 11 tokens of the prompt, and three of their own.
+    assert computed == len(prompt) + 4 * 11 + 5 * 3
+    for choice in range(5):
+        assert harness.said[1].tokens[choice] == expected(prompt, 4, choice)

@@ -9,11 +9,12 @@ from pathlib import Path
 import grpc
 import pytest
 from fake_core import FAIL_SEQUENCE, SLOW
-from fake_runner import expected
+from fake_runner import expected, logprob_of
 from serving_fixture import PATIENCE_S, Engine, request, running_engine, slow
 
 from penstock.engine_service import outgoing
 from penstock.engine_service.outgoing import Outgoing
+from penstock.protos import common_pb2
 from penstock.protos import engine_pb2 as pb
 from penstock.protos.errors import ApiError
 
@@ -30,8 +31,15 @@ class Stream:
         self.errors: dict[int, pb.SlotError] = {}
         self.started: dict[int, pb.SlotStarted] = {}
 
-    async def send(self, *starts: tuple[int, pb.GenerateRequest], aborts: tuple[int, ...] = ()) -> None:
+    async def send(
+        self,
+        *starts: tuple[int, pb.GenerateRequest],
+        aborts: tuple[int, ...] = (),
+        choice_aborts: tuple[tuple[int, int], ...] = (),
+    ) -> None:
         message = pb.MultiplexRequest(aborts=aborts)
+        for slot, choice in choice_aborts:
+            message.choice_aborts.add(slot=slot, choice=choice)
         for slot, made in starts:
             message.starts.add(slot=slot, request=made)
         await self.call.write(message)
@@ -246,3 +254,53 @@ async def test_outgoing_ends_after_what_is_left() -> None:
     buffer.end()
     assert await buffer.next() is blob
     assert await buffer.next() is None
+
+
+async def test_a_choice_ends_alone(engine: Engine) -> None:
+    """Also one that the prompt of the others is computed by, and one that nobody has."""
+    stream = Stream(engine)
+    await stream.send((1, request([SLOW, 1], 60, n=3)), (2, request([SLOW, 2], 60, n=2)))
+    await stream.send(choice_aborts=((2, 0), (1, 7), (9, 0)))
+    while (1, 1) not in stream.tokens:
+        assert await stream.read()
+    await stream.send(choice_aborts=((1, 1),))
+    await stream.finish()
+    reasons = {key: finish.finished.reason for key, finish in stream.finished.items()}
+    assert reasons == {
+        (1, 0): common_pb2.FINISH_REASON_LENGTH,
+        (1, 1): common_pb2.FINISH_REASON_ABORTED,
+        (1, 2): common_pb2.FINISH_REASON_LENGTH,
+        (2, 0): common_pb2.FINISH_REASON_ABORTED,
+        (2, 1): common_pb2.FINISH_REASON_LENGTH,
+    }
+    assert stream.tokens[1, 0] == expected([SLOW, 1], 60, 0)
+    assert stream.tokens[1, 2] == expected([SLOW, 1], 60, 2)
+    assert stream.tokens[2, 1] == expected([SLOW, 2], 60, 1)
+    ended = stream.tokens[1, 1]
+    assert 0 < len(ended) < 60
+    assert ended == expected([SLOW, 1], len(ended), 1)
+    total = sum(len(tokens) for (slot, _), tokens in stream.tokens.items() if slot == 1)
+    usages = [finish.usage.completion_tokens for (slot, _), finish in stream.finished.items() if slot == 1]
+    assert max(usages) == total
+
+
+async def test_candidates_are_ranked_by_their_mean_log_probability(engine: Engine) -> None:
+    """The fake model's log-probability of a token is a function of the token."""
+    made = request([4, 2], 9, n=2)
+    made.best_of = 5
+    stream = Stream(engine)
+    await stream.send((1, made))
+    await stream.finish()
+    means = {}
+    for candidate in range(5):
+        tokens = expected([4, 2], 9, candidate)
+        means[candidate] = sum(map(logprob_of, tokens)) / len(tokens)
+    best = sorted(means, key=lambda candidate: -means[candidate])[:2]
+    assert [stream.tokens[1, choice] for choice in (0, 1)] == [expected([4, 2], 9, c) for c in best]
+    for choice, candidate in enumerate(best):
+        finish = stream.finished[1, choice]
+        assert finish.finished.score == pytest.approx(means[candidate], rel=1e-5)
+        assert finish.usage.completion_tokens == 45
+    assert not any(events.token_logprobs for events in stream.events)
+    with_tokens = [events for events in stream.events if events.token_slots]
+    assert len(with_tokens) == 1

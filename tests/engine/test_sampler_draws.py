@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from sampler_rows import RowResult, append, sample, set_tokens
+from sampler_rows import RowResult, append, chi_square, sample, set_tokens
 from torch import Tensor
 
 from penstock.engine_service.core.messages import AddRequest, Sampling
@@ -60,21 +59,10 @@ def generate(sequence: Sequence, count: int = 12, sampler: Sampler | None = None
     return sequence.token_ids[sequence.num_prompt_tokens :].tolist()
 
 
-def chi_square_bound(degrees: int) -> float:
-    """The value a chi-square variable exceeds once in some 30,000 times (Wilson and Hilferty 1931)."""
-    spread = 2 / (9 * degrees)
-    return degrees * (1 - spread + 4.0 * math.sqrt(spread)) ** 3
-
-
 def assert_follows(counts: np.ndarray, probabilities: np.ndarray) -> None:
     assert counts[probabilities == 0].sum() == 0
-    expected = probabilities * counts.sum()
-    common = expected >= 5
-    observed = np.append(counts[common], counts[~common].sum())
-    expected = np.append(expected[common], expected[~common].sum())
-    observed, expected = observed[expected > 0], expected[expected > 0]
-    statistic = ((observed - expected) ** 2 / expected).sum()
-    assert statistic < chi_square_bound(max(len(expected) - 1, 1))
+    found, bound = chi_square(counts, probabilities)
+    assert found < bound
 
 
 def exact_distribution(logits: np.ndarray, sampling: Sampling) -> np.ndarray:

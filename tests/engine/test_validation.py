@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from in_process import Harness
 
 from penstock.engine_service import validation
-from penstock.engine_service.core.messages import AddRequest, Sampling
+from penstock.engine_service.core.messages import AddRequest, Beam, Sampling
 from penstock.engine_service.validation import Validator
 from penstock.protos import common_pb2
 from penstock.protos import engine_pb2 as pb
@@ -33,6 +33,19 @@ def base(**fields: Any) -> pb.GenerateRequest:
 
 def sampled(**fields: Any) -> pb.GenerateRequest:
     return base(sampling=pb.SamplingParams(**fields))
+
+
+def searched(width: int, beam: dict[str, Any] | None = None, **fields: Any) -> pb.GenerateRequest:
+    return base(beam_search=pb.BeamSearch(width=width, **(beam or {})), **fields)
+
+
+def test_beams_and_candidates_arrive() -> None:
+    made = convert(searched(5, {"length_penalty": -1.5, "exhaustive": True}, n=3))
+    assert (made.n, made.best_of, made.beam) == (3, 0, Beam(5, -1.5, exhaustive=True))
+    assert convert(searched(1, {"early_stopping": True})).beam == Beam(1, early_stopping=True)
+    neutral = pb.SamplingParams(temperature=0.3, top_p=0.5, seed=3, repetition_penalty=1.0)
+    assert convert(searched(2, sampling=neutral)).beam == Beam(2)
+    assert (convert(base(n=2, best_of=5)).best_of, convert(base(n=2, best_of=2)).best_of) == (5, 0)
 
 
 def test_defaults_are_those_of_the_contract() -> None:
@@ -105,6 +118,15 @@ def ids(*values: int) -> common_pb2.TokenIds:
         (base(n=129), "n"),
         (base(n=1_000_000_000), "n"),
         (base(n=3, best_of=2), "best_of"),
+        (base(best_of=129), "best_of"),
+        (searched(2, best_of=2), "best_of"),
+        (searched(0), "beam_search.width"),
+        (searched(33), "beam_search.width"),
+        (searched(2, n=3), "beam_search.width"),
+        (searched(2, {"length_penalty": 5.5}), "beam_search.length_penalty"),
+        (searched(2, {"length_penalty": NAN}), "beam_search.length_penalty"),
+        (searched(2, {"early_stopping": True, "exhaustive": True}), "beam_search.exhaustive"),
+        (searched(2, stop=pb.StopCriteria(stop_token_ids=range(10, 73))), "stop.stop_token_ids"),
         (base(request_id="x" * 129), "request_id"),
         (base(request_id="é" * 65), "request_id"),
         (base(request_id="a\nb"), "request_id"),
@@ -161,10 +183,27 @@ def test_values_out_of_range(made: pb.GenerateRequest, param: str) -> None:
         (pb.GenerateRequest(), "missing_required_parameter", "prompt"),
         (base(prompt_ids=ids(*[1] * 100)), "context_length_exceeded", "prompt"),
         (base(model="other"), "model_not_found", "model"),
-        (base(best_of=4), "unimplemented", "best_of"),
-        (base(beam_search=pb.BeamSearch()), "unimplemented", "beam_search"),
-        (base(constraint=pb.Constraint(regex="a")), "unimplemented", "constraint"),
-        (base(constraint=pb.Constraint()), "unimplemented", "constraint"),
+        *(
+            (searched(2, sampling=pb.SamplingParams(**{name: value})), "unimplemented", f"sampling.{name}")
+            for name, value in {
+                "presence_penalty": 1.0,
+                "frequency_penalty": -1.0,
+                "repetition_penalty": 1.5,
+                "logit_bias": {3: 1.0},
+                "allowed_token_ids": [3],
+                "bad_words": [ids(3)],
+            }.items()
+        ),
+        (
+            searched(2, output=pb.OutputOptions(logprob_token_ids=[1])),
+            "unimplemented",
+            "output.logprob_token_ids",
+        ),
+        (
+            base(best_of=2, output=pb.OutputOptions(logprob_token_ids=[1])),
+            "unimplemented",
+            "output.logprob_token_ids",
+        ),
         (base(media=[pb.MediaItem()]), "unimplemented", "media"),
         (base(kv_transfer=b"x"), "unimplemented", "kv_transfer"),
         (pb.GenerateRequest(prompt_embeds=pb.PromptEmbeds()), "unimplemented", "prompt_embeds"),
@@ -198,6 +237,9 @@ _REQUESTS = _maybe(
     prompt_ids=_IDS.map(lambda values: common_pb2.TokenIds(ids=values)),
     n=st.integers(0, 4),
     best_of=st.integers(0, 4),
+    beam_search=_maybe(
+        width=st.integers(0, 6), length_penalty=_FLOAT, early_stopping=st.booleans(), exhaustive=st.booleans()
+    ).map(lambda fields: pb.BeamSearch(**fields)),
     kv_transfer=st.sampled_from([b"", b"", b"x"]),
     sampling=_maybe(
         temperature=_FLOAT,

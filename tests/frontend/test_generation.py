@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from penstock.frontend.generation import Delta, Handle, TextOptions, Usage, submit
+from penstock.frontend.generation import Delta, Handle, Usage, submit
+from penstock.frontend.text.options import TextOptions
 from penstock.protos import engine_pb2
 from penstock.protos.errors import ApiError
 

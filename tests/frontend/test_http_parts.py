@@ -13,7 +13,7 @@ from prometheus_client import Histogram as Oracle
 
 from penstock.frontend.api.chat_request import ChatRequest
 from penstock.frontend.api.generation_request import ignored_header
-from penstock.frontend.api.logprobs_body import completion_block
+from penstock.frontend.api.logprobs_body import TextOffsets, completion_block
 from penstock.frontend.auth import KeyRing
 from penstock.frontend.body import MAX_CONTAINERS, parse_object, read_body
 from penstock.frontend.effective import choose_sampling, output_limit
@@ -176,7 +176,10 @@ async def test_bad_words_inside_a_text() -> None:
 
 def test_two_ids_with_one_text_keep_the_better_value() -> None:
     entry = TokenLogprob("a", b"a", 7, -3.0, 3, [("b", b"b", 1, -1.0), ("b", b"b", 2, -2.0)])
-    block, offset = completion_block([entry, entry], 5)
+    offsets = TextOffsets()
+    for _ in range(5):
+        offsets.next(entry)
+    block = completion_block([entry, entry], offsets)
     assert block["top_logprobs"] == [{"b": -1.0, "a": -3.0}] * 2
     assert block["text_offset"] == [5, 6]
-    assert offset == 7
+    assert offsets.next(entry) == 7

@@ -11,9 +11,10 @@ import grpc
 import pytest
 
 from penstock.frontend.catalog import pair
-from penstock.frontend.generation import TextOptions, submit
+from penstock.frontend.generation import submit
 from penstock.frontend.services import Services
 from penstock.frontend.targets import AddressBook, resolve, split_target
+from penstock.frontend.text.options import TextOptions
 from penstock.protos import engine_pb2, tokenizer_pb2
 from penstock.protos.errors import ApiError
 

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+import random
+from collections.abc import Callable
 
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from penstock.frontend.api.logprobs_body import TextOffsets, chat_content
+from penstock.frontend.logprobs import entry
+from penstock.frontend.text.pipeline import TextPipeline
 from penstock.frontend.text.token_bytes import Family, byte_of_character, family_of
 from penstock.frontend.text.vocabulary import Vocabulary
 
@@ -118,3 +123,40 @@ def test_what_is_no_tokenizer_is_a_value_error() -> None:
     for data in (b"", b"{}", b"[1]", b"\xff\xfe"):
         with pytest.raises(ValueError):
             Vocabulary.from_buffer(data)
+
+
+@pytest.mark.parametrize("make", [byte_level_vocabulary, llama_vocabulary])
+def test_every_byte_has_a_token_whose_bytes_it_is(make: Callable[[], Vocabulary]) -> None:
+    """All 256, those that are no character alone included: as in an answer's log-probabilities."""
+    vocabulary = make()
+    row = (-1.0, 1, [], [])
+    for value in range(256):
+        character = next(c for c, v in byte_of_character().items() if v == value)
+        name = character if vocabulary.family is Family.BYTE_LEVEL else f"<0x{value:02X}>"
+        found = entry(vocabulary, vocabulary.tokenizer.token_to_id(name), row, False)
+        assert found.bytes == bytes([value])
+        assert found.token == bytes([value]).decode("utf-8", "replace")
+        assert chat_content([found])[0]["bytes"] == [value]
+
+
+@pytest.mark.parametrize("make", [byte_level_vocabulary, llama_vocabulary])
+def test_bytes_and_offsets_are_those_of_the_text(make: Callable[[], Vocabulary]) -> None:
+    """Random texts, a token a byte: bytes add up to the text, and every token begins where it is found."""
+    vocabulary = make()
+    dice = random.Random(5)
+    token = vocabulary.tokenizer.token_to_id
+    byte_level = vocabulary.family is Family.BYTE_LEVEL
+    names = {v: c for c, v in byte_of_character().items()}
+    for _ in range(300):
+        text = "".join(dice.choice("ab é日👩‍🚀\n") for _ in range(dice.randint(1, 12)))
+        ids = [token(names[byte] if byte_level else f"<0x{byte:02X}>") for byte in text.encode()]
+        pipeline = TextPipeline.create(vocabulary, [token("a")])
+        offsets, length = TextOffsets(), 0
+        joined = b""
+        for token_id in ids:
+            found = entry(vocabulary, token_id, (-1.0, 1, [], []), False)
+            assert offsets.next(found) == length
+            joined += found.bytes
+            length += len(pipeline.feed(token_id))
+        assert joined.decode() == text
+        assert length == len(text)

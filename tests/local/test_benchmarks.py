@@ -53,3 +53,21 @@ def test_scripts_explain_themselves() -> None:
         words = [sys.executable, str(BENCHMARKS / name), "--help"]
         done = subprocess.run(words, capture_output=True, text=True, timeout=60)
         assert done.returncode == 0, done.stderr
+
+
+def test_every_way_of_reading_a_message_is_measured(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import text_parsing  # type: ignore[import-not-found]
+
+    monkeypatch.setattr(sys, "argv", ["text_parsing.py", "--rounds", "1"])
+    text_parsing.main()
+    rows = capsys.readouterr().out.splitlines()[2:]
+    assert len(rows) == len(text_parsing.CASES)
+    for name, (text, make) in text_parsing.CASES.items():
+        message = make()
+        if message is not None:
+            message.add(text, 1)
+            message.finish()
+            assert not message.invalid, name
+            assert message.num_calls == name.startswith("call"), name

@@ -124,6 +124,29 @@ def test_a_stop_string_cuts_the_text_and_ends_the_request(llm: LLM) -> None:
     assert _generate(llm, "hello", kept)[0].outputs[0].text == choice.text + stop
 
 
+def test_beams_equal_transformers(llm: LLM, folder: Path) -> None:
+    import torch
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    params = SamplingParams(use_beam_search=True, n=2, best_of=4, max_tokens=7, length_penalty=0.5)
+    for output in _generate(llm, PROMPTS, params):
+        ids = torch.tensor([output.prompt_token_ids])
+        made = model.generate(
+            ids, num_beams=4, num_return_sequences=2, length_penalty=0.5, max_new_tokens=7, do_sample=False
+        )
+        for choice, row in zip(output.outputs, made, strict=True):
+            assert choice.token_ids == row[ids.shape[1] :].tolist()[: len(choice.token_ids)]
+
+
+def test_the_best_of_several(llm: LLM) -> None:
+    fields: dict[str, Any] = {"temperature": 1.5, "seed": 3, "max_tokens": 6, "logprobs": 0}
+    every = _generate(llm, "hello", SamplingParams(n=6, **fields))[0].outputs
+    best = _generate(llm, "hello", SamplingParams(n=2, best_of=6, **fields))[0].outputs
+    ranked = sorted(every, key=lambda choice: -choice.cumulative_logprob / len(choice.token_ids))
+    assert [choice.token_ids for choice in best] == [choice.token_ids for choice in ranked[:2]]
+
+
 def test_a_stop_token_is_named(llm: LLM) -> None:
     free = _generate(llm, "hello", GREEDY)[0].outputs[0].token_ids
     token = free[4]

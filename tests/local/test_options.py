@@ -25,6 +25,8 @@ SPECIAL: dict[str, tuple[Any, Any, Any]] = {
     "max_body_bytes": (40001, 40002, 40003),
     "stream_buffer_bytes": (40001, 40002, 40003),
     "tokenizer": ("one", "two", "three"),
+    "tool_call_parser": ("hermes", "json", "none"),
+    "reasoning_parser": ("qwen3", "tags:<a>,</a>", "none"),
     "nnodes": (2, 3, 4),
 }
 # What an option cannot go without.

@@ -44,9 +44,10 @@ def test_defaults_are_those_users_know() -> None:
         ("stop_token_ids", [None, [], [1]], [[-1], ["x"], [True]]),
         ("allowed_token_ids", [None, [1]], [[], [-1]]),
         ("logit_bias", [None, {1: -100, 2: 100.0}], [{1: 101}, {"1": 1}, {-1: 1}, {1: math.nan}]),
-        ("best_of", [None, 1], [2]),
-        ("use_beam_search", [False], [True]),
-        ("length_penalty", [1.0], [0.5]),
+        ("best_of", [None, 1, 2, 128], [0, 129, 1.5]),
+        ("use_beam_search", [False, True], []),
+        ("length_penalty", [1.0], [0.5, 6, math.nan]),
+        ("early_stopping", [False], [True, "never", "maybe"]),
         ("structured_outputs", [None], [{"json": "{}"}]),
         ("guided_decoding", [None], [object()]),
         ("logits_processors", [None, []], [[len]]),
@@ -68,3 +69,17 @@ def test_stop_strings_need_text() -> None:
 def test_too_many_biases() -> None:
     with pytest.raises(ValueError, match=r"\Alogit_bias: "):
         SamplingParams(logit_bias=dict.fromkeys(range(1025), 1.0))
+
+
+def test_what_beams_do_not_take() -> None:
+    SamplingParams(use_beam_search=True, n=2, best_of=4, length_penalty=-1, early_stopping="never", top_k=-1)
+    for name, value in {
+        "top_p": 0.5,
+        "top_k": 3,
+        "repetition_penalty": 1.1,
+        "logit_bias": {1: 1.0},
+        "bad_words": ["x"],
+        "best_of": 33,
+    }.items():
+        with pytest.raises(ValueError, match=rf"\A{name}: "):
+            SamplingParams(use_beam_search=True, **{name: value})

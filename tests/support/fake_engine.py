@@ -58,6 +58,7 @@ class _Slot:
         self.script = script
         self.sent = [0] * len(script.choices)
         self.finished = [False] * len(script.choices)
+        self.unwanted: set[int] = set()
         self.started = False
         self.steps = 0
 
@@ -124,6 +125,7 @@ class FakeEngine(engine_pb2_grpc.EngineServicer):
         self.requests: list[engine_pb2.GenerateRequest] = []
         self.timeouts_us: list[int] = []
         self.aborted: list[str] = []
+        self.ended_choices: list[int] = []
         self.running = asyncio.Event()
         self.running.set()
         self.accepting = asyncio.Event()
@@ -250,6 +252,11 @@ class _Stream:
                 self.waiting.extend(message.starts)
                 for number in message.aborts:
                     self._drop(number)
+                for ended in message.choice_aborts:
+                    if ended.slot in self.slots:
+                        self.slots[ended.slot].unwanted.add(ended.choice)
+                        self.engine.ended_choices.append(ended.choice)
+                        self.engine.changed()
                 self.work.set()
 
     def _drop(self, number: int) -> None:
@@ -328,6 +335,10 @@ class _Stream:
         for choice, ids in enumerate(script.choices):
             if slot.finished[choice]:
                 continue
+            if choice in slot.unwanted:
+                slot.finished[choice] = True
+                events.finished.append(_finished(slot, choice, ABORTED))
+                continue
             begin = slot.sent[choice]
             for token_id in ids[begin : begin + script.tokens_per_step]:
                 slot.sent[choice] += 1
@@ -358,6 +369,9 @@ def _add_token(events: engine_pb2.MultiplexEvents, slot: _Slot, choice: int, tok
     if slot.request.output.HasField("logprobs"):
         _level(events, len(events.token_slots) - 1, force=True)
         logprob, rank, ids, values = fake_row(token_id, slot.request.output.logprobs)
+        if slot.request.output.logprob_token_ids:
+            ids = list(slot.request.output.logprob_token_ids)
+            values = [fake_row(other, 0)[0] for other in ids]
         events.token_logprobs.append(logprob)
         events.token_ranks.append(rank)
         events.alternative_counts.append(len(ids))
@@ -392,9 +406,11 @@ def _started(slot: _Slot) -> engine_pb2.SlotStarted:
     return started
 
 
-def _finished(slot: _Slot, choice: int) -> engine_pb2.SlotFinished:
+def _finished(slot: _Slot, choice: int, reason: int | None = None) -> engine_pb2.SlotFinished:
     script = slot.script
-    finished = engine_pb2.Finished(reason=script.finish, stopped_by_eos=script.by_eos)
+    finished = engine_pb2.Finished(
+        reason=script.finish if reason is None else reason, stopped_by_eos=script.by_eos
+    )
     if script.stop_token_id is not None:
         finished.stop_token_id = script.stop_token_id
     return engine_pb2.SlotFinished(slot=slot.number, choice=choice, finished=finished, usage=slot.usage())

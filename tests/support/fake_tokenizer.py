@@ -53,22 +53,37 @@ def render_chat(messages: Sequence[dict[str, object]], generation_prompt: bool =
 
 class FakeTokenizer(tokenizer_pb2_grpc.TokenizerServicer):
     """One replica. error: raised by Render, Encode and Decode. answering: an event; cleared, these calls
-    hang. calls: names of the RPCs that came."""
+    hang. calls: names of the RPCs that came. renders: the requests of Render. tool_parser, reasoning_parser,
+    ends_in_reasoning: what Render tells of the template. special: the tokenizer's special tokens."""
 
     def __init__(
-        self, address: str, *, model: str = "fake-model", tokenizer: Tokenizer | None = None, salt: str = ""
+        self,
+        address: str,
+        *,
+        model: str = "fake-model",
+        tokenizer: Tokenizer | None = None,
+        salt: str = "",
+        special: Sequence[str] = SPECIAL,
+        supports_tools: bool = True,
     ) -> None:
         """salt: changes the file, and thus the fingerprint, and nothing else."""
         self.address = address
-        self.tokenizer = tokenizer or byte_level_tokenizer()
+        self.special = tuple(special)
+        self.tokenizer = tokenizer or byte_level_tokenizer(special)
         self.data = self.tokenizer.to_str().encode() + b"\n" * len(salt)
         self.fingerprint = hashlib.sha256(self.data).hexdigest()
         self.model = model
         self.has_chat_template = True
+        self.fills_in = False
         self.error: ApiError | None = None
         self.answering = asyncio.Event()
         self.answering.set()
         self.calls: list[str] = []
+        self.renders: list[tokenizer_pb2.RenderRequest] = []
+        self.tool_parser = "hermes"
+        self.reasoning_parser = ""
+        self.ends_in_reasoning = False
+        self.supports_tools = supports_tools
         self._service: GrpcService | None = None
 
     @property
@@ -97,6 +112,7 @@ class FakeTokenizer(tokenizer_pb2_grpc.TokenizerServicer):
     async def Render(
         self, request: tokenizer_pb2.RenderRequest, context: grpc.aio.ServicerContext
     ) -> tokenizer_pb2.RenderResponse:
+        self.renders.append(request)
         await self._begin("Render")
         if not self.has_chat_template:
             raise ApiError("invalid_value", "The model has no chat template.", "messages")
@@ -104,7 +120,12 @@ class FakeTokenizer(tokenizer_pb2_grpc.TokenizerServicer):
         text = render_chat(json.loads(request.messages_json), generation_prompt)
         ids = self._limited(self.tokenizer.encode(text).ids, request.max_tokens, "messages")
         return tokenizer_pb2.RenderResponse(
-            ids=ids, text=text if request.return_text else "", stop_token_ids=[self.eos_id]
+            ids=ids,
+            text=text if request.return_text else "",
+            stop_token_ids=[self.eos_id],
+            tool_parser=self.tool_parser,
+            reasoning_parser=self.reasoning_parser,
+            ends_in_reasoning=self.ends_in_reasoning,
         )
 
     async def Encode(
@@ -112,6 +133,14 @@ class FakeTokenizer(tokenizer_pb2_grpc.TokenizerServicer):
     ) -> tokenizer_pb2.EncodeResponse:
         await self._begin("Encode")
         response = tokenizer_pb2.EncodeResponse()
+        if request.HasField("suffix"):
+            if not self.fills_in:
+                raise ApiError("unsupported_parameter", "No suffix here.", "suffix")
+            for text in request.texts:
+                ids = self.tokenizer.encode(f"<{text}|{request.suffix}>").ids
+                response.encodings.append(tokenizer_pb2.Encoding(ids=ids))
+            response.stop_token_ids.append(5)
+            return response
         for text in request.texts:
             found = self.tokenizer.encode(text)
             ids = found.ids
@@ -166,7 +195,8 @@ class FakeTokenizer(tokenizer_pb2_grpc.TokenizerServicer):
             special_token_ids={"eos": self.eos_id},
             has_chat_template=self.has_chat_template,
             chat_template_source="model" if self.has_chat_template else "none",
-            all_special_ids=[self.tokenizer.token_to_id(text) for text in SPECIAL],
+            all_special_ids=[self.tokenizer.token_to_id(text) for text in self.special],
+            supports_tools=self.supports_tools,
         )
 
     def _limited(self, ids: list[int], limit: int, param: str) -> list[int]:

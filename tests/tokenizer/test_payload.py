@@ -139,7 +139,7 @@ def test_sixty_large_tools_pass() -> None:
 
 def test_reasoning_effort_reaches_the_template() -> None:
     template = "{{ reasoning_effort }} {{ enable_thinking }}"
-    assert ask(template=template, reasoning_effort="high")[1] == "high "
+    assert ask(template=template, reasoning_effort="high")[1] == "high True"
     assert ask(template=template, reasoning_effort="none")[1] == "none False"
     given_too = ask(template=template, reasoning_effort="none", arguments=b'{"enable_thinking": true}')
     assert given_too[1] == "none True"

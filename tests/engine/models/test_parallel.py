@@ -71,7 +71,9 @@ class ThreadRank:
         return torch.cat(self._exchange(tensor), dim=-1)[:, :columns]
 
 
-def step_array(lengths: list[int], contexts: list[int], num_decodes: int) -> np.ndarray:
+def step_array(
+    lengths: list[int], contexts: list[int], num_decodes: int, copies: tuple[int, ...] = ()
+) -> np.ndarray:
     """A packed step of sequences whose blocks lie one after the other; ids follow from the positions."""
     blocks = -(-64 // BLOCK_SIZE)
     tables = np.arange(len(lengths) * blocks).reshape(len(lengths), blocks)
@@ -79,8 +81,8 @@ def step_array(lengths: list[int], contexts: list[int], num_decodes: int) -> np.
     rows = np.repeat(np.arange(len(lengths)), lengths)
     slots = tables[rows, positions // BLOCK_SIZE] * BLOCK_SIZE + positions % BLOCK_SIZE
     ids = (positions * 37 + rows * 101) % 271
-    header = [2, len(ids), len(lengths), num_decodes, blocks]
-    parts = [header, ids, positions, slots, lengths, contexts, tables.ravel()]
+    header = [2, len(ids), len(lengths), num_decodes, blocks, len(copies)]
+    parts = [header, ids, positions, slots, lengths, contexts, copies, tables.ravel()]
     return np.concatenate(parts).astype(np.int32)
 
 
@@ -246,9 +248,16 @@ def test_one_rank_adds_nothing_to_the_backends_linears(tiny_checkpoint: Folder) 
     assert type(Loader(Checkpoint(folder, None), backend).head("lm_head", 272, 64)) is plain
 
 
-@pytest.mark.parametrize("array", STEPS, ids=["prefill", "mixed", "decode"])
+@pytest.mark.parametrize(
+    "array",
+    [*STEPS, step_array([1, 1], [11, 13], 2, (3, 30, 5, 31))],
+    ids=["prefill", "mixed", "decode", "forked"],
+)
 def test_a_step_survives_the_wire(array: np.ndarray) -> None:
     step = unpack_step(array, BLOCK_SIZE, torch.device("cpu"))
+    assert (None if step.copies is None else step.copies.tolist()) == (
+        [[3, 30], [5, 31]] if array[5] else None
+    )
     assert np.array_equal(pack_step(step), array)
     assert step.attention.block_tables.shape == (2, 16)
     assert step.query_starts == [0, step.attention.query_lens[0]]

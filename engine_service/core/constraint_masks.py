@@ -1,0 +1,165 @@
+"""Which tokens the constrained rows of a step may choose from. Knows sequences and grammars, no logits."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+from torch import Tensor
+
+from penstock.engine_service.core.constraint_state import CompiledGrammar, ConstraintState, Words
+from penstock.engine_service.core.logit_edits import LogitEdits, added_by
+from penstock.engine_service.core.messages import RequestError
+from penstock.engine_service.core.request import Sequence
+
+if TYPE_CHECKING:
+    from llguidance import LLExecutor, LLMatcher
+
+log = logging.getLogger(__name__)
+# Nothing else runs in the core while masks are made.
+_MOST_THREADS = 16
+_NO_IDS = np.empty(0, np.int64)
+_NO_BIAS = np.empty(0, np.float32)
+
+
+@dataclass(slots=True)
+class RowMasks:
+    """By row: masks int32 [ceil(V / 32)], valid until the next step's; the states behind them; errors."""
+
+    words: dict[int, Words] = field(default_factory=dict)
+    states: dict[int, ConstraintState] = field(default_factory=dict)
+    errors: dict[int, RequestError] = field(default_factory=dict)
+
+    def is_over(self, row: int) -> bool:
+        """The row's token is its choice's last, whatever else forbids an end."""
+        state = self.states.get(row)
+        return state is not None and state.over
+
+    def join(self, row: int, edits: LogitEdits | None) -> LogitEdits | None:
+        """The row's changes to its logits, its mask among them."""
+        words = self.words.get(row)
+        if words is None:
+            return edits
+        if edits is None or self.is_over(row):
+            return LogitEdits(None, _NO_IDS, _NO_BIAS, _NO_IDS, _NO_IDS, words)
+        return dataclasses.replace(edits, mask=words)
+
+    def allows(self, row: int, token: int) -> bool:
+        return bool(self.words[row][token >> 5] >> (token & 31) & 1)
+
+    def best(self, row: int, logits: Tensor) -> int | None:
+        """The argmax of logits [V] over what the row's mask allows; None if that has no finite one."""
+        raw = logits.float().numpy(force=True)
+        masked = raw + added_by(self.words[row])[: len(raw)]
+        place = int(masked.argmax())
+        return place if np.isfinite(masked[place]) else None
+
+    def advance(self, row: int, token: int) -> bool:
+        """Takes in the row's token. Whether its choice ends with it, or has got an error by it."""
+        state = self.states.get(row)
+        if state is None:
+            return False
+        try:
+            return state.advance(token)
+        except RequestError as error:
+            self.errors[row] = error
+        except Exception:
+            log.exception("a constraint could not take a token")
+            self.errors[row] = _failed()
+        return True
+
+
+class ConstraintMasks:
+    """The states of the sequences that a sampler samples, and room for a step's masks."""
+
+    def __init__(self, vocab_size: int) -> None:
+        self._vocab_size = vocab_size
+        self._num_words = -(-vocab_size // 32)
+        self._states: dict[tuple[int, int], ConstraintState] = {}
+        self._room: Words = np.empty((0, 0), np.int32)
+        self._executor: LLExecutor | None = None
+
+    def of(self, rows: Iterable[tuple[int, Sequence]]) -> RowMasks:
+        """Masks for those of `rows` that are constrained; what goes wrong for one is its own error."""
+        made = RowMasks()
+        matchers: list[tuple[LLMatcher, int]] = []
+        places: list[int] = []
+        for row, sequence in rows:
+            grammar = sequence.request.grammar
+            if grammar is None:
+                continue
+            try:
+                state = self._state(sequence, grammar)
+                matcher = state.matcher(sequence)
+            except Exception as error:
+                made.errors[row] = _request_error(error, sequence)
+                continue
+            made.states[row] = state
+            if matcher is not None:
+                matchers.append((matcher, len(places)))
+            self._reserve(len(places) + 1, grammar)
+            places.append(row)
+        self._fill(matchers)
+        for place, row in enumerate(places):
+            words = self._room[place, : self._num_words]
+            try:
+                self._cut(words)
+                made.states[row].limit(words)
+                self._cut(words)
+                made.words[row] = words
+            except RequestError as error:
+                made.errors[row] = error
+        return made
+
+    def forget(self, sequence: Sequence) -> None:
+        """Drops what is kept for a sequence; unknown ones are ignored."""
+        self._states.pop(sequence.key, None)
+
+    def _state(self, sequence: Sequence, grammar: CompiledGrammar) -> ConstraintState:
+        state = self._states.get(sequence.key)
+        if state is None:
+            state = ConstraintState(sequence, grammar, self._vocab_size)
+            self._states[sequence.key] = state
+        return state
+
+    def _reserve(self, rows: int, grammar: CompiledGrammar) -> None:
+        """Room for so many masks, as wide as the wider of tokenizer and model."""
+        width = max(self._num_words, -(-grammar.tokenizer.vocab_size // 32))
+        if rows > len(self._room) or width > self._room.shape[1]:
+            self._room = np.zeros((max(8, 2 * rows), width), np.int32)
+
+    def _fill(self, matchers: list[tuple[LLMatcher, int]]) -> None:
+        if not matchers:
+            return
+        pointer, size = self._room.ctypes.data, self._room.shape[1] * 4
+        if len(matchers) == 1:
+            matcher, place = matchers[0]
+            matcher.unsafe_compute_mask_ptr(pointer + place * size, size)
+            return
+        if self._executor is None:
+            from llguidance import LLExecutor
+
+            self._executor = LLExecutor(min(_MOST_THREADS, len(os.sched_getaffinity(0))))
+        self._executor.unsafe_compute_mask_ptr(matchers, pointer, size, len(self._room))
+
+    def _cut(self, words: Words) -> None:
+        """No id beyond the model's."""
+        rest = self._vocab_size % 32
+        if rest:
+            words[-1] &= np.int32((1 << rest) - 1)
+
+
+def _request_error(error: Exception, sequence: Sequence) -> RequestError:
+    if isinstance(error, RequestError):
+        return error
+    log.error("request %d cannot be constrained", sequence.request.id, exc_info=error)
+    return _failed()
+
+
+def _failed() -> RequestError:
+    return RequestError("internal_error", "The constraint could not be followed.")

@@ -1,0 +1,136 @@
+"""Sets the reasoning that a model writes before its answer apart from the answer. Knows no tokens and no
+requests.
+
+One parser for all formats that are a pair of tags. White space at the ends of the reasoning and before the
+answer is dropped.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum, auto
+
+from penstock.frontend.text.tools.reader import held_back
+
+# White space that may precede an opening tag, or follow a reasoning that is dropped with it.
+_MAX_SPACE = 64
+
+
+@dataclass(frozen=True, slots=True)
+class ReasoningFormat:
+    """implied: the output begins inside the reasoning even where neither prompt nor model wrote the tag."""
+
+    opening: str
+    closing: str
+    implied: bool = False
+
+
+_THINK = ReasoningFormat("<think>", "</think>")
+
+REASONING_PARSERS: dict[str, ReasoningFormat] = {
+    "deepseek_r1": ReasoningFormat("<think>", "</think>", implied=True),
+    "qwen3": _THINK,
+    "think": _THINK,
+    "glm45": _THINK,
+    "minimax_m2": _THINK,
+    "mistral": ReasoningFormat("[THINK]", "[/THINK]"),
+    "seed_oss": ReasoningFormat("<seed:think>", "</seed:think>"),
+}
+_PAIR = "tags:"
+
+
+def find_format(name: str) -> ReasoningFormat | None:
+    """By name, or a pair of tags of one's own as `tags:OPENING,CLOSING`. None: there is none of that name."""
+    if name.startswith(_PAIR):
+        opening, _, closing = name.removeprefix(_PAIR).partition(",")
+        return ReasoningFormat(opening, closing) if opening and closing else None
+    return REASONING_PARSERS.get(name)
+
+
+class _State(Enum):
+    START = auto()  # nothing but white space, or the beginning of the opening tag
+    ENTERED = auto()  # inside, nothing but white space yet
+    INSIDE = auto()
+    LEFT = auto()  # after the closing tag, nothing but white space yet
+    OUTSIDE = auto()
+
+
+class ReasoningParser:
+    """feed(text) -> (reasoning, content), flush() -> (reasoning, content). The opening tag counts only at the
+    start: an answer may speak of it."""
+
+    __slots__ = ("_format", "_held", "_may_open", "_state")
+
+    def __init__(self, form: ReasoningFormat, *, inside: bool, may_open: bool = True) -> None:
+        """inside: the output begins inside the reasoning. may_open: it may begin with the opening tag."""
+        self._format = form
+        self._held = ""
+        self._may_open = may_open
+        self._state = _State.ENTERED if inside else _State.START if may_open else _State.OUTSIDE
+
+    @property
+    def inside(self) -> bool:
+        return self._state in (_State.ENTERED, _State.INSIDE)
+
+    @property
+    def outside(self) -> bool:
+        """Whether all that comes is content, as it is."""
+        return self._state is _State.OUTSIDE
+
+    def feed(self, text: str) -> tuple[str, str]:
+        if self._state is _State.OUTSIDE:
+            return "", text
+        plain = self._state is _State.INSIDE and not self._held and self._format.closing[0] not in text
+        if plain and not text[-1:].isspace():
+            return text, ""
+        text, self._held = self._held + text, ""
+        if self._state in (_State.START, _State.ENTERED):
+            text = self._open(text)
+        reasoning = ""
+        if self.inside and text:
+            reasoning, text = self._reason(text)
+        return reasoning, self._answer(text) if not self.inside else ""
+
+    def flush(self) -> tuple[str, str]:
+        held, self._held = self._held, ""
+        if self.inside:
+            return held.rstrip(), ""
+        return "", "" if self._state is _State.LEFT else held
+
+    def _open(self, text: str) -> str:
+        """Looks for the opening tag. Returns what comes after it, or what is no tag."""
+        bare = text.lstrip()
+        opening = self._format.opening
+        near = len(text) - len(bare) <= _MAX_SPACE
+        if self._may_open and near and bare.startswith(opening):
+            self._state, self._may_open = _State.ENTERED, False
+            bare = bare[len(opening) :].lstrip()
+        elif self._may_open and near and opening.startswith(bare):
+            self._held = text
+            return ""
+        if self._state is _State.START:
+            self._state = _State.OUTSIDE
+            return text
+        if bare:
+            self._state = _State.INSIDE
+        return bare
+
+    def _reason(self, text: str) -> tuple[str, str]:
+        """(reasoning, what comes after the closing tag)."""
+        closing = self._format.closing
+        at = text.find(closing)
+        if at >= 0:
+            self._state = _State.LEFT
+            return text[:at].rstrip(), text[at + len(closing) :]
+        end = len(text) - held_back(text, closing)
+        shown = text[:end].rstrip()
+        end = max(len(shown), end - _MAX_SPACE)
+        self._held = text[end:]
+        return text[:end], ""
+
+    def _answer(self, text: str) -> str:
+        if self._state is _State.LEFT:
+            text = text.lstrip()
+            if text:
+                self._state = _State.OUTSIDE
+        return text
