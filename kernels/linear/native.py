@@ -12,7 +12,7 @@ from torch import Tensor
 from penstock.kernels.native.library import INT, INT64, POINTER, check, library, reason, threads_for
 
 _PANEL = 32  # outputs
-# Rows so many elements apart share their places in the first cache; measured: a copy pays from so many rows on.
+# Rows so many elements apart share places in the first cache; measured: a copy pays from so many rows on.
 _SAME_SET, _COPY_FROM = 2048, 64
 _ROWS_AT_ONCE = 8  # take about as long as one: the weight's bytes
 
