@@ -1,8 +1,8 @@
 """Times the CPU's bf16 linears, ours and oneDNN's by turns, on the layers of two model shapes.
 
 Few rows: as many copies of a weight as no cache holds, one after the other, in GB/s of weights. Many rows:
-GFLOP/s. One thread: its own time, which other work does not disturb; several: the wall clock. Least of some
-rounds.
+GFLOP/s. Outputs lie in a heap that keeps its memory, as a core's does.
+One thread: its own time, which other work does not disturb; several: the wall clock. Least of some rounds.
 
 Example: GLIBC_TUNABLES=glibc.malloc.hugetlb=1 python benchmarks/linear.py --shape 160m --threads 1
 """
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from penstock.engine_service.backends.cpu import OneDnnLinear
+from penstock.engine_service.core.heap import Heap
 from penstock.kernels import dispatch
 
 # (outputs, columns): qkv, o, gate and up, down, head
@@ -64,6 +65,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--head", action="store_true", help="the head with many rows too, which takes long")
     arguments = parser.parse_args()
+    Heap()
     torch.set_num_threads(arguments.threads)
     clock = time.thread_time if arguments.threads == 1 else time.perf_counter
     print(f"{arguments.shape}, {arguments.threads} threads")

@@ -13,7 +13,7 @@ from penstock.kernels import dispatch
 from penstock.kernels.native import library
 
 # Columns and outputs around pairs, chunks (1,024 columns), panels (32) and groups of panels.
-SHAPES = [(1, 1), (2, 3), (31, 33), (64, 32), (97, 64), (160, 1025), (33, 2050), (300, 3001)]
+SHAPES = [(1, 1), (2, 3), (31, 33), (64, 32), (97, 64), (160, 1025), (33, 2050), (300, 3001), (40, 4096)]
 ROWS = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 25, 32, 70, 193, 400]
 
 
