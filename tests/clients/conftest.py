@@ -20,7 +20,7 @@ CLIENTS = Path(os.environ.get("PENSTOCK_TEST_CLIENTS", ROOT / ".venv" / "clients
 def server() -> Iterator[Spawned]:
     environ = {name: value for name, value in os.environ.items() if not name.startswith("PENSTOCK_")}
     with spawned(
-        ["--threads=1", "--max-model-len=1024"], environ={**environ, "OMP_NUM_THREADS": "1"}
+        ["--threads=1", "--max-model-len=512"], environ={**environ, "OMP_NUM_THREADS": "1"}
     ) as running:
         yield running
 

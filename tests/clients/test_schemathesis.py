@@ -15,7 +15,7 @@ def test_no_generated_request_is_a_server_error(server: Spawned, run_client: Cal
         f"{server.url}/openapi.json",
         "--checks=not_a_server_error",
         "--phases=examples,coverage,fuzzing",
-        "--max-examples=10",
+        "--max-examples=5",
         "--seed=1",
         "--request-timeout=60",
         timeout_s=300.0,

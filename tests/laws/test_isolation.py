@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
@@ -55,3 +56,21 @@ def test_help_takes_less_than_a_second_of_cpu() -> None:
     loaded, _ = _loaded_by(code)
     assert not loaded & set(HEAVY)
     assert min(_loaded_by(code)[1] for _ in range(3)) < 1.0
+
+
+def test_grpc_learns_before_its_import_that_children_are_programs_of_their_own() -> None:
+    """Its handlers at fork end some children between fork and exec; it reads the variable on import."""
+    code = (
+        "import os, sys\n"
+        "class Finder:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'grpc':\n"
+        "            print(os.environ.get('GRPC_ENABLE_FORK_SUPPORT'))\n"
+        "sys.meta_path.insert(0, Finder())\n"
+        "import penstock.protos.serving\n"
+    )
+    environ = {name: value for name, value in os.environ.items() if name != "GRPC_ENABLE_FORK_SUPPORT"}
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=60, env=environ
+    )
+    assert done.stdout.split()[:1] == ["false"]
