@@ -13,7 +13,7 @@ import pytest
 
 # Before torch is imported, here or in a process started by a test: many tests share few cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# Before gRPC is imported: tests start programs while gRPC's threads run, as protos/serving.py says.
+# Before gRPC is imported: tests start programs while gRPC's threads run, as protos/__init__.py says.
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "false")
 # Before triton is imported: without a device its kernels run in its interpreter.
 if not Path("/dev/nvidiactl").exists():

@@ -10,18 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from penstock.frontend.api.ranking import MAX_BEAMS, NEUTRAL
+
 MAX_LOGPROBS = 20
 MAX_N = 128
-MAX_BEAMS = 32
-# What changes the probabilities that beams are ranked by, with what leaves them as they are.
-_NEUTRAL_FOR_BEAMS: dict[str, tuple[float, ...]] = {
-    "top_p": (1,),
-    "top_k": (-1, 0),
-    "min_p": (0,),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "repetition_penalty": (1,),
-}
 MAX_STOP_STRINGS = 16
 MAX_BIASES = 1024
 MAX_BAD_WORDS = 128
@@ -120,7 +112,7 @@ class SamplingParams:
                     raise ValueError(f"{name}: needs use_beam_search")
             return
         _whole("n", self.n, 1, MAX_BEAMS)
-        for name, neutral in _NEUTRAL_FOR_BEAMS.items():
+        for name, neutral in NEUTRAL.items():
             if getattr(self, name) not in neutral:
                 raise ValueError(f"{name}: not supported with beam search")
         for name in ("logit_bias", "allowed_token_ids", "bad_words"):

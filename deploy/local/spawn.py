@@ -12,7 +12,7 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import IO
+from typing import IO, Any
 
 STOP_TIMEOUT_S = 60.0
 
@@ -57,7 +57,7 @@ def spawned(
     try:
         yield _wait(process, lines, ready, timeout_s)
     finally:
-        _stop(process)
+        stop(process)
         reader.join(5.0)
         if process.stderr is not None:
             process.stderr.close()
@@ -116,11 +116,12 @@ def _read(stream: IO[str] | None, lines: list[str], ready: queue.Queue[dict[str,
     ready.put(None)
 
 
-def _stop(process: subprocess.Popen[str]) -> None:
+def stop(process: subprocess.Popen[Any], timeout_s: float = STOP_TIMEOUT_S) -> None:
+    """Asks the process, a group of its own, to end, and kills the group if it has not by then."""
     if process.poll() is None:
         process.send_signal(signal.SIGTERM)
         try:
-            process.wait(STOP_TIMEOUT_S)
+            process.wait(timeout_s)
         except subprocess.TimeoutExpired:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)

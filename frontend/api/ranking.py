@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 MAX_BEAMS = 32
 
 # What changes the probabilities that beams are ranked by, with what leaves them as they are.
-_NEUTRAL: dict[str, tuple[float, ...]] = {
+NEUTRAL: dict[str, tuple[float, ...]] = {
     "top_p": (1,),
     "top_k": (-1, 0),
     "min_p": (0,),
@@ -54,7 +54,7 @@ def _check_beams(request: GenerationRequest) -> None:
     if num_candidates(request) > MAX_BEAMS:
         param = "best_of" if request.best_of is not None else "n"
         raise ApiError("invalid_value", f"'{param}': a beam search has at most {MAX_BEAMS} beams.", param)
-    for name, neutral in _NEUTRAL.items():
+    for name, neutral in NEUTRAL.items():
         value = getattr(request, name)
         if value is not None and value not in neutral:
             raise unsupported(name, "has no meaning in a beam search")
