@@ -12,8 +12,10 @@ from typing import Any
 
 from penstock.engine_service.core.messages import ConstraintSource, RequestError
 
-# Between the parts of JSON, when nobody says: enough to indent with, and too little to fill an answer with.
-WHITESPACE = r"(\r?\n)?[ \t]{0,64}"
+# Between the parts of JSON, when nobody says: a blank, and a new line with its indentation (eight levels of
+# four; what is deeper stays there). More would be valid too, but a model that has lost its way fills its
+# answer with it.
+WHITESPACE = r"[ \t]?(\r?\n[ \t]{0,32})?"
 MAX_DEPTH = 64
 _META = frozenset("\\.+*?()|[]{}^$")
 

@@ -84,11 +84,28 @@ def test_json_object_and_whitespace() -> None:
     assert all(isinstance(json.loads(text), dict) for text in outputs(source("json_object")))
     compact = outputs(source("json_schema", {"type": "array", "items": {"type": "null"}}, ""))
     assert all(text == json.dumps(json.loads(text), separators=(",", ":")) for text in compact)
-    root = COMPILER.compile(grammar_of(source("json_object", None, "_{1,2}")))
+    own = source("json_object", None, "_{1,2}")
     for text, fits in (('{_"a"__:1}', True), ('{ "a":1}', False), ('{___"a":1}', False)):
-        matcher = root.deep_copy()
-        ids = COMPILER.tokenizer.tokenize_str(text)
-        assert (matcher.try_consume_tokens(ids) == len(ids)) == fits
+        assert takes(own, text) == fits
+
+
+def test_whitespace_is_enough_to_indent_with_and_too_little_to_fill_an_answer_with() -> None:
+    value = {"a": [1, {"b": [[], {"c": [{"d": None}, "x"]}]}], "e": {}}
+    usual = source("json_object")
+    for indent in (None, 0, 1, 2, 4, "\t"):
+        text = json.dumps(value, indent=indent)
+        assert takes(usual, text), text
+        assert takes(usual, text.replace("\n", "\r\n").replace("{", "{ "))
+    assert takes(usual, json.dumps(value, separators=(",", ":")))
+    for blanks in ("  ", "\n\n", " " * 40, "\n" + " " * 33):
+        assert not takes(usual, f'{{{blanks}"a": 1}}')
+
+
+def takes(asked: ConstraintSource, text: str) -> bool:
+    """Whether the text can be the beginning of an answer."""
+    ids = COMPILER.tokenizer.tokenize_str(text)
+    matcher = COMPILER.compile(grammar_of(asked)).deep_copy()
+    return bool(matcher.try_consume_tokens(ids) == len(ids))
 
 
 TAGS = {
