@@ -1,9 +1,11 @@
-# Short targets; CI runs only these. PYTHON, MODEL, HOST, PORT, N, GPU, TESTS and ARGS can be set on the command line.
+# Short targets; CI runs only these. PYTHON, MODEL, HOST, PORT, N, GPU, TESTS, JOBS and ARGS can be set on the command
+# line.
 PYTHON ?= python3
 MODEL ?=
 HOST ?= 127.0.0.1
 PORT ?= 8000
 N ?= 3
+JOBS ?= 2
 BIN := .venv/bin
 COMPOSE := docker compose -f deploy/compose.yaml $(if $(GPU),-f deploy/compose.gpu.yaml)
 # MODEL is a folder (mounted), a hub id (downloaded: the way out is opened) or empty (the demonstration model).
@@ -44,8 +46,10 @@ clients: .venv/clients/.installed
 	  else echo "no npm here: the test of its openai package is skipped"; fi
 	@touch $@
 
+# Whole files side by side, in their order (the longest are in the middle): what a file shares is made once. JOBS=0 runs
+# all in one process, as a debugger needs it.
 test: install clients
-	$(BIN)/python -m pytest -m "not gpu" $(ARGS)
+	$(BIN)/python -m pytest -m "not gpu" -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # Needs only what a GPU image has (torch, triton, transformers, grpc) and a checkout: no install, no network.
 # The plugin stands in for packages that such an image lacks; a newer torch or triton may warn there.

@@ -112,7 +112,7 @@ def drawn(draw: Draw, logits: Tensor, fields: dict[str, Any], count: int = 3000)
 @pytest.mark.parametrize(
     ("draw", "fields"),
     [*((on_host, case) for case in CASES), *((on_device, case) for case in CASES[1::4])],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_draws_follow_the_exact_softmax(draw: Draw, fields: dict[str, Any]) -> None:
     logits = some_logits()
