@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from penstock.engine_service.core.constraint_state import CompiledGrammar, ConstraintState, Words
-from penstock.engine_service.core.logit_edits import LogitEdits, added_by
+from penstock.engine_service.core.logit_edits import LogitEdits
 from penstock.engine_service.core.messages import RequestError
 from penstock.engine_service.core.request import Sequence
+from penstock.kernels import sampling
 
 if TYPE_CHECKING:
     from llguidance import LLExecutor, LLMatcher
@@ -54,10 +57,9 @@ class RowMasks:
 
     def best(self, row: int, logits: Tensor) -> int | None:
         """The argmax of logits [V] over what the row's mask allows; None if that has no finite one."""
-        raw = logits.float().numpy(force=True)
-        masked = raw + added_by(self.words[row])[: len(raw)]
-        place = int(masked.argmax())
-        return place if np.isfinite(masked[place]) else None
+        words = torch.from_numpy(self.words[row]).to(logits.device)
+        place, value = sampling.masked_argmax(logits, words)
+        return place if math.isfinite(value) else None
 
     def advance(self, row: int, token: int) -> bool:
         """Takes in the row's token. Whether its choice ends with it, or has got an error by it."""

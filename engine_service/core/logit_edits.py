@@ -15,12 +15,10 @@ from torch import Tensor
 
 from penstock.engine_service.core.penalties import TokenCounts
 from penstock.kernels import sampling
+from penstock.kernels.logits import apply_bitmask
 
 Ids = NDArray[np.int64]
 Mask = NDArray[np.int32]  # a bit per token, bit i % 32 of word i // 32; 0 forbids it
-
-_BITS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
-_ADDED_BY_BYTE = np.where(_BITS, np.float32(0.0), np.float32(-np.inf))
 
 
 @dataclass(slots=True, frozen=True)
@@ -61,24 +59,13 @@ def apply_edits(logits: Tensor, edits: Sequence[tuple[int, LogitEdits]]) -> None
         sampling.ban(logits, *_on(logits.device, banned, ids))
 
 
-def added_by(mask: Mask) -> NDArray[np.float32]:
-    """The mask as what it adds to logits, [32 * words]: 0 or -inf. A table look-up, because masks have no
-    pattern that a branch could be predicted by."""
-    return _ADDED_BY_BYTE.take(mask.view(np.uint8), axis=0).reshape(-1)
-
-
 def _apply_masks(logits: Tensor, masks: list[tuple[int, Mask]]) -> None:
     if not masks:
         return
-    if logits.device.type != "cpu":
-        words = np.stack([mask for _, mask in masks])
-        rows = np.array([row for row, _ in masks], np.int64)
-        sampling.apply_bitmask(logits[:, : 32 * words.shape[1]], *_on(logits.device, words, rows))
-        return
-    for row, mask in masks:
-        added = added_by(mask)
-        own = logits[row, : len(added)].numpy()
-        np.add(own, added, out=own)
+    words, rows = np.stack([mask for _, mask in masks]), np.array([row for row, _ in masks], np.int64)
+    own = logits[:, : 32 * words.shape[1]]
+    apply = apply_bitmask if logits.device.type == "cpu" else sampling.apply_bitmask
+    apply(own, *_on(logits.device, words, rows))
 
 
 def _penalise(logits: Tensor, penalties: list[tuple[int, Penalties]]) -> None:

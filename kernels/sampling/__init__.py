@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from penstock.kernels.dispatch import implementation
-from penstock.kernels.logits import argmax, to_weights
+from penstock.kernels.logits import argmax, masked_argmax, to_weights
 from penstock.kernels.sampling.reference import (
     add_bias,
     allow_only,
@@ -46,6 +46,7 @@ __all__ = [
     "edits",
     "filter_bounds",
     "keep_filtered",
+    "masked_argmax",
     "padded_width",
     "row_logprobs",
     "to_weights",

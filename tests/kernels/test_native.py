@@ -1,10 +1,12 @@
-"""Norms, activation and argmax of the native library for every instruction set here; loading, building it."""
+"""Norms, activation, passes over logits of the native library, for every set here; loading, building it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -88,6 +90,57 @@ class TestRows:
             assert torch.equal(values.double(), wanted.values)
             first = (logits.double() == wanted.values[:, None]).int().argmax(-1)
             assert torch.equal(ids, first)
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.001, 0.5, 1.0])
+@pytest.mark.parametrize("size", [1, 31, 32, 130, 70001])
+class TestMasks:
+    """Against plain booleans, for the library and for torch."""
+
+    @pytest.fixture(params=["native", "reference"])
+    def passes(self, request: pytest.FixtureRequest, isa: str) -> ModuleType:
+        return dispatch.load("logits", request.param)
+
+    def masks(self, rows: int, size: int, kept: float) -> tuple[Tensor, Tensor]:
+        """Words, with bits of no meaning beyond the size, and what they stand for."""
+        generator = torch.Generator().manual_seed(size)
+        allowed = torch.rand(rows, -(-size // 32) * 32, generator=generator) < kept
+        words = np.packbits(allowed.numpy(), axis=1, bitorder="little").view(np.int32)
+        return torch.from_numpy(words), allowed[:, :size]
+
+    @pytest.mark.parametrize("dtype", [*DTYPES, torch.float16])
+    def test_argmax(self, passes: ModuleType, dtype: torch.dtype, size: int, kept: float) -> None:
+        words, allowed = self.masks(1, size, kept)
+        logits = random(size, dtype=dtype).round()  # many equals: the first counts
+        wanted = logits.double().masked_fill(~allowed[0], -torch.inf)
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            place, value = passes.masked_argmax(logits, words[0])
+            assert value == wanted.max()
+            if allowed.any():
+                assert place == int((wanted == value).int().argmax())
+            assert 0 <= place < size
+
+    def test_in_place(self, passes: ModuleType, size: int, kept: float) -> None:
+        words, allowed = self.masks(3, size, kept)
+        work = random(5, words.shape[1] * 32 + 9, dtype=torch.float32)
+        before = work.clone()
+        passes.apply_bitmask(work, words, torch.tensor([4, 0, 3]))
+        wanted = before.clone()
+        wanted[[4, 0, 3], :size] = before[[4, 0, 3], :size].masked_fill(~allowed, -torch.inf)
+        beyond = slice(size, 32 * words.shape[1])
+        assert torch.equal(work[:, :size], wanted[:, :size])
+        assert torch.equal(work[:, beyond.stop :], before[:, beyond.stop :])
+        assert torch.equal(work[[1, 2]], before[[1, 2]])
+
+
+def test_masks_too_wide_or_too_narrow_are_refused() -> None:
+    passes = dispatch.load("logits", "native")
+    words = torch.zeros(1, 3, dtype=torch.int32)
+    with pytest.raises(ValueError, match="3 words"):
+        passes.apply_bitmask(torch.zeros(1, 95), words, torch.tensor([0]))
+    with pytest.raises(ValueError, match="3 words"):
+        passes.masked_argmax(torch.zeros(97), words[0])
 
 
 @pytest.mark.usefixtures("isa")
