@@ -28,6 +28,7 @@ class Identity:
     max_num_batched_tokens: int
     max_queued_requests: int
     max_queued_tokens: int
+    tensor_parallel_size: int = 1
     instance_id: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     @classmethod
@@ -41,6 +42,7 @@ class Identity:
             config.max_num_batched_tokens,
             config.max_queued_requests,
             config.max_queued_tokens,
+            config.tensor_parallel_size,
         )
 
     @property
@@ -67,7 +69,7 @@ class Identity:
             limits=self._limits(),
             dtype=ready.dtype,
             device=ready.device,
-            tensor_parallel_size=1,
+            tensor_parallel_size=self.tensor_parallel_size,
             kv_block_size=ready.kv_block_size,
             kv_blocks=ready.kv_blocks,
             created_unix_s=created_unix_s,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from penstock.frontend.generation import Usage
@@ -23,6 +24,7 @@ class Accounting:
         "_ended",
         "_first_token_s",
         "_last_token",
+        "_marks",
         "_metrics",
         "_model",
         "_seen_tokens",
@@ -41,8 +43,11 @@ class Accounting:
         self._last_token = [0.0] * (num_prompts * n)
         self._first_token_s: float | None = None
         self._ended = False
+        self._marks: dict[str, str] = {}
 
-    def asked(self, n: int, max_tokens: int | None) -> None:
+    def asked(self, n: int, max_tokens: int | None, marks: Mapping[str, str]) -> None:
+        """marks: the caller's own, for the record; their text must be harmless there."""
+        self._marks = dict(marks)
         self._metrics.params_n.observe(n)
         if max_tokens is not None:
             self._metrics.params_max_tokens.observe(max_tokens)
@@ -106,6 +111,7 @@ class Accounting:
                 "completion_tokens": total.completion_tokens,
                 "ttft_ms": None if self._first_token_s is None else round(self._first_token_s * 1000, 2),
                 "total_ms": round(seconds * 1000, 2),
+                **self._marks,
                 **fields,
             },
         )

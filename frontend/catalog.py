@@ -3,6 +3,7 @@ out."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -20,6 +21,7 @@ class Model:
     aliases: tuple[str, ...]
     info: engine_pb2.EngineInfo
     tokenizer: tokenizer_pb2.TokenizerInfo
+    system_fingerprint: str
 
     @property
     def fingerprint(self) -> str:
@@ -61,7 +63,8 @@ def pair(
         if fitting:
             # Models may share a tokenizer and differ in templates: then the name decides.
             named = [item for item in named if item in fitting]
-            model = Model(info.model, tuple(info.aliases), info, (named or fitting)[0])
+            best = (named or fitting)[0]
+            model = Model(info.model, tuple(info.aliases), info, best, system_fingerprint(info, best))
             found.setdefault(model.id, model)
         elif known:
             shortened = tuple(sorted({item.fingerprint[:SHORT] for item in known}))
@@ -71,6 +74,23 @@ def pair(
         for alias in model.aliases:
             models.setdefault(alias, model)
     return models, mismatches
+
+
+def system_fingerprint(engine: engine_pb2.EngineInfo, tokenizer: tokenizer_pb2.TokenizerInfo) -> str:
+    """What the API calls by this name: equal as long as the same request gives the same tokens. It names the
+    software's version and how the model is computed, then sums up all that bears on an answer; a restart, the
+    size of the cache and the names of the model do not."""
+    how = f"{engine.engine_version}-{engine.dtype or 'auto'}-tp{max(1, engine.tensor_parallel_size)}"
+    parts = [
+        how,
+        engine.root,
+        engine.device,
+        *engine.architectures,
+        *sorted(engine.capabilities),
+        tokenizer.fingerprint,
+        engine.generation_defaults.SerializeToString(deterministic=True).hex(),
+    ]
+    return f"penstock-{how}-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:SHORT]}"
 
 
 def listed(models: Mapping[str, Model]) -> str:

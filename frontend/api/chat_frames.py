@@ -27,6 +27,8 @@ class ChatFrames:
                 "model": identity.model,
             }
         )[:-1]
+        # Not on plain text chunks, which are most of a stream's bytes: clients keep what the last chunk says.
+        self._told = self._head + b',"system_fingerprint":' + orjson.dumps(identity.system_fingerprint)
         usage = b',"usage":null' if identity.with_usage else b""
         self._prefixes = [
             b"data: " + self._head + b',"choices":[{"index":%d,"delta":{"content":' % index
@@ -59,7 +61,7 @@ class ChatFrames:
     def closing(self, total: Usage) -> bytes:
         if not self._identity.with_usage:
             return b""
-        return b"data: " + self._head + b',"choices":[],"usage":' + orjson.dumps(usage_body(total)) + b"}\n\n"
+        return b"data: " + self._told + b',"choices":[],"usage":' + orjson.dumps(usage_body(total)) + b"}\n\n"
 
     def _rich(self, index: int, delta: Delta, total: Usage | None) -> bytes:
         frames = b""
@@ -88,7 +90,7 @@ class ChatFrames:
         elif self._identity.with_usage:
             rest["usage"] = None
         rest.update(shown or {})
-        return b"data: " + self._head + b"," + orjson.dumps(rest)[1:] + b"\n\n"
+        return b"data: " + self._told + b"," + orjson.dumps(rest)[1:] + b"\n\n"
 
 
 def whole_chat(
@@ -101,7 +103,7 @@ def whole_chat(
         "model": identity.model,
         "choices": [_whole_choice(identity, index, choice) for index, choice in enumerate(choices)],
         "usage": usage_body(total),
-        "system_fingerprint": None,
+        "system_fingerprint": identity.system_fingerprint,
     }
     if prompt_logprobs is not None:
         body["prompt_logprobs"] = prompt_rows(prompt_logprobs)

@@ -28,6 +28,8 @@ class CompletionFrames:
                 "model": identity.model,
             }
         )[:-1]
+        # Not on plain text chunks, which are most of a stream's bytes: clients keep what the last chunk says.
+        self._told = self._head + b',"system_fingerprint":' + orjson.dumps(identity.system_fingerprint)
         usage = b',"usage":null' if identity.with_usage else b""
         num_choices = num_prompts * identity.n
         self._prefixes = [
@@ -62,7 +64,7 @@ class CompletionFrames:
             rest: dict[str, Any] = {"choices": [choice]}
             if identity.with_usage:
                 rest["usage"] = None
-            frames.append(b"data: " + self._head + b"," + orjson.dumps(rest)[1:] + b"\n\n")
+            frames.append(b"data: " + self._told + b"," + orjson.dumps(rest)[1:] + b"\n\n")
         return b"".join(frames)
 
     def delta(self, choice: int, delta: Delta, total: Usage | None) -> bytes:
@@ -73,7 +75,7 @@ class CompletionFrames:
     def closing(self, total: Usage) -> bytes:
         if not self._identity.with_usage:
             return b""
-        return b"data: " + self._head + b',"choices":[],"usage":' + orjson.dumps(usage_body(total)) + b"}\n\n"
+        return b"data: " + self._told + b',"choices":[],"usage":' + orjson.dumps(usage_body(total)) + b"}\n\n"
 
     def _rich(self, index: int, delta: Delta, total: Usage | None) -> bytes:
         identity = self._identity
@@ -103,7 +105,7 @@ class CompletionFrames:
         if not self._effective_shown:
             self._effective_shown = True
             rest["effective_params"] = identity.effective
-        return b"data: " + self._head + b"," + orjson.dumps(rest)[1:] + b"\n\n"
+        return b"data: " + self._told + b"," + orjson.dumps(rest)[1:] + b"\n\n"
 
 
 def whole_completion(
@@ -119,7 +121,7 @@ def whole_completion(
             for index, choice in enumerate(choices)
         ],
         "usage": usage_body(total),
-        "system_fingerprint": None,
+        "system_fingerprint": identity.system_fingerprint,
     }
     if identity.effective is not None:
         body["effective_params"] = identity.effective

@@ -78,6 +78,7 @@ async def answer(
         created=int(time.time()),
         model=plan.model.id,
         n=plan.n,
+        system_fingerprint=plan.model.system_fingerprint,
         with_logprobs=plan.alternatives is not None,
         with_token_ids=bool(request.return_token_ids),
         with_usage=bool(options and options.include_usage),
@@ -89,7 +90,7 @@ async def answer(
         prompt_alternatives=request.prompt_logprobs,
     )
     accounting = Accounting(context.metrics, plan.model.id, exchange.arrived, len(plan.prompts), plan.n)
-    accounting.asked(plan.n, request.output_limit)
+    accounting.asked(plan.n, request.output_limit, _marks(request))
     if request.stream:
         await _answer_stream(exchange, context, plan, accounting, frames(identity))
     else:
@@ -109,10 +110,28 @@ async def _answer_whole(
     finally:
         context.answers.discard(whole)
         whole.close()
+
+    def made() -> bytes:
+        return orjson.dumps({**body(identity, whole), **_about(exchange, plan.request)})
+
     if not plan.engine_requests[0].output.HasField("prompt_logprobs"):
-        await exchange.respond_json(body(identity, whole))
+        await exchange.respond(200, made())
     else:  # megabytes, whose making would hold up every stream
-        await exchange.respond(200, await asyncio.to_thread(lambda: orjson.dumps(body(identity, whole))))
+        await exchange.respond(200, await asyncio.to_thread(made))
+
+
+def _marks(request: GenerationRequest) -> dict[str, str]:
+    """What the caller wants to find again in the log, cut to a line's length."""
+    marks = {} if request.user is None else {"user": printable(request.user, 128)}
+    if request.metadata is not None:
+        marks["metadata"] = printable(orjson.dumps(request.metadata).decode(), 1024)
+    return marks
+
+
+def _about(exchange: Exchange, request: GenerationRequest) -> dict[str, Any]:
+    """What a whole answer tells of its request: the caller's own marks, and the milliseconds since it came."""
+    marks = {} if request.metadata is None else {"metadata": request.metadata}
+    return {**marks, "_response_ms": round(exchange.seconds * 1000, 3)}
 
 
 async def _run(exchange: Exchange, context: Context, plan: Plan, whole: WholeAnswer) -> None:

@@ -16,6 +16,7 @@ class Identity:
     created: int
     model: str
     n: int
+    system_fingerprint: str
     with_logprobs: bool = False
     with_token_ids: bool = False
     with_usage: bool = False  # a last chunk with the usage

@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 
 CHAT = "/v1/chat/completions"
+FINGERPRINT = r"penstock-0-float32-tp1-[0-9a-f]{12}"
 HI = {"messages": [{"role": "user", "content": "hi"}]}
 
 
 def golden(text: str) -> str:
     """A stream's text with what differs from run to run taken out."""
+    text = re.sub(FINGERPRINT, "fp", text)
     text = re.sub(r'"id":"chatcmpl-[0-9a-f]{32}"', '"id":"chatcmpl-*"', text)
     return re.sub(r'"created":\d{10}', '"created":0', text)
 
@@ -29,11 +31,12 @@ async def test_plain_stream_byte_for_byte(served: Any, fakes: Any) -> None:
     head = 'data: {"id":"chatcmpl-*","object":"chat.completion.chunk","created":0,"model":"fake-model",'
     first, second = served.tokenizer.tokenizer.decode([40]), served.tokenizer.tokenizer.decode([41])
     running = '"logprobs":null,"finish_reason":null}]}\n\n'
+    told = head + '"system_fingerprint":"fp",'
     assert golden(answer.text) == (
-        head + '"choices":[{"index":0,"delta":{"role":"assistant","content":""},' + running
+        told + '"choices":[{"index":0,"delta":{"role":"assistant","content":""},' + running
         + head + '"choices":[{"index":0,"delta":{"content":"' + first + '"},' + running
         + head + '"choices":[{"index":0,"delta":{"content":"' + second + '"},' + running
-        + head + '"choices":[{"index":0,"delta":{},"logprobs":null,"finish_reason":"stop",'
+        + told + '"choices":[{"index":0,"delta":{},"logprobs":null,"finish_reason":"stop",'
         + '"stop_reason":null}]}\n\n'
         + "data: [DONE]\n\n"
     )  # fmt: skip
@@ -46,6 +49,8 @@ async def test_whole_answer(served: Any, fakes: Any) -> None:
     prompt = body["usage"]["prompt_tokens"]
     assert body.pop("id") == "chatcmpl-" + answer.headers["x-request-id"]
     assert isinstance(body.pop("created"), int)
+    assert re.fullmatch(FINGERPRINT, body.pop("system_fingerprint"))
+    assert 0 < body.pop("_response_ms") < 60_000
     assert body == {
         "object": "chat.completion",
         "model": "fake-model",
@@ -69,7 +74,6 @@ async def test_whole_answer(served: Any, fakes: Any) -> None:
             "prompt_tokens_details": {"cached_tokens": 4},
             "completion_tokens_details": {"reasoning_tokens": 0},
         },
-        "system_fingerprint": None,
     }
     assert prompt == len(served.engine.requests[-1].prompt_ids.ids)
     assert int(answer.headers["openai-processing-ms"]) >= 0

@@ -17,13 +17,14 @@ async def test_plain_stream_byte_for_byte(served: Any, fakes: Any) -> None:
     answer = await served.post(PATH, {"prompt": "hi", "stream": True})
     text = re.sub(r'"id":"cmpl-[0-9a-f]{32}"', '"id":"cmpl-*"', answer.text)
     text = re.sub(r'"created":\d{10}', '"created":0', text)
+    text = re.sub(r"penstock-0-float32-tp1-[0-9a-f]{12}", "fp", text)
     head = 'data: {"id":"cmpl-*","object":"text_completion","created":0,"model":"fake-model",'
-    head += '"choices":[{"index":0,'
+    choice = '"choices":[{"index":0,'
     first, second = served.tokenizer.tokenizer.decode([40]), served.tokenizer.tokenizer.decode([41])
     assert text == (
-        head + f'"text":"{first}","logprobs":null,"finish_reason":null}}]}}\n\n'
-        + head + f'"text":"{second}","logprobs":null,"finish_reason":null}}]}}\n\n'
-        + head + '"text":"","logprobs":null,"finish_reason":"length","stop_reason":null}]}\n\n'
+        head + choice + f'"text":"{first}","logprobs":null,"finish_reason":null}}]}}\n\n'
+        + head + choice + f'"text":"{second}","logprobs":null,"finish_reason":null}}]}}\n\n'
+        + head + '"system_fingerprint":"fp",' + choice + '"text":"","logprobs":null,"finish_reason":"length","stop_reason":null}]}\n\n'
         + "data: [DONE]\n\n"
     )  # fmt: skip
 
