@@ -68,7 +68,8 @@ def _architecture(config: Fields) -> str:
     return names[0]
 
 
-def _dtype(config: Fields) -> torch.dtype | None:
+def read_dtype(config: Fields) -> torch.dtype | None:
+    """The checkpoint's dtype as written down; None where it is not."""
     name = "dtype" if "dtype" in config else "torch_dtype"
     value = config.raw(name)
     if value is None or value == "auto":
@@ -110,8 +111,9 @@ def _windows(config: Fields, architecture: str, num_layers: int) -> tuple[int | 
     return tuple(named[kind] for kind in kinds)
 
 
-def _read_decoder(architecture: str, config: Fields) -> ModelSpec:
-    """Llama, Mistral, Qwen2 and Qwen3; the defaults are those of the family's published configuration."""
+def read_decoder(architecture: str, config: Fields) -> ModelSpec:
+    """Llama, Mistral, Qwen2 and Qwen3; the defaults are those of the family's published configuration.
+    Raises ModelError."""
     qwen2, qwen3 = architecture == "Qwen2ForCausalLM", architecture == "Qwen3ForCausalLM"
     heads, kv_heads, head_dim = _heads(config, 128 if qwen3 else None)
     num_layers = config.integer("num_hidden_layers")
@@ -120,7 +122,7 @@ def _read_decoder(architecture: str, config: Fields) -> ModelSpec:
     bias = architecture in ("LlamaForCausalLM", "Qwen3ForCausalLM") and config.flag("attention_bias", False)
     return ModelSpec(
         architecture=architecture,
-        dtype=_dtype(config),
+        dtype=read_dtype(config),
         vocab_size=config.integer("vocab_size"),
         hidden_size=config.integer("hidden_size"),
         num_layers=num_layers,
@@ -148,7 +150,7 @@ def _read_opt(architecture: str, config: Fields) -> ModelSpec:
     before = config.flag("do_layer_norm_before", True)
     return ModelSpec(
         architecture=architecture,
-        dtype=_dtype(config),
+        dtype=read_dtype(config),
         vocab_size=config.integer("vocab_size"),
         hidden_size=hidden,
         num_layers=config.integer("num_hidden_layers"),
@@ -174,8 +176,8 @@ def _read_opt(architecture: str, config: Fields) -> ModelSpec:
 
 _READERS: dict[str, Callable[[str, Fields], ModelSpec]] = {
     "OPTForCausalLM": _read_opt,
-    "LlamaForCausalLM": _read_decoder,
-    "MistralForCausalLM": _read_decoder,
-    "Qwen2ForCausalLM": _read_decoder,
-    "Qwen3ForCausalLM": _read_decoder,
+    "LlamaForCausalLM": read_decoder,
+    "MistralForCausalLM": read_decoder,
+    "Qwen2ForCausalLM": read_decoder,
+    "Qwen3ForCausalLM": read_decoder,
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from penstock.engine_service.backends.base import Backend
+from penstock.engine_service.backends.base import Backend, Linear
 from penstock.engine_service.core.batch import StepTensors
 from penstock.engine_service.models.config import ModelSpec
 from penstock.engine_service.models.layers import Attention, HeadNorm
@@ -27,18 +27,22 @@ class Decoder:
         backend: Backend,
         max_model_len: int,
         group: Group = ALONE,
+        with_head: bool = True,
     ) -> None:
+        """Without a head there are no logits, and the checkpoint may be the bare decoder's."""
         if spec.rope is None:
             raise ValueError(f"{spec.architecture} needs rotary embedding")
         loader = Loader(weights, backend, group)
-        model = loader.under("model")
+        bare = not with_head and weights.has("embed_tokens.weight")
+        model = loader if bare else loader.under("model")
         self._eps = spec.norm_eps
         self._embed, table = model.embedding("embed_tokens", spec.vocab_size, spec.hidden_size)
         self._layers = [_Layer(spec, model.under(f"layers.{i}"), i) for i in range(spec.num_layers)]
         self._norm = model.tensor("norm.weight", spec.hidden_size)
-        if spec.tie_embeddings:
+        self._head: Linear | None
+        if spec.tie_embeddings or not with_head:
             weights.skip("lm_head.weight")
-            self._head = loader.tied_head(table, spec.vocab_size)
+            self._head = loader.tied_head(table, spec.vocab_size) if with_head else None
         else:
             self._head = loader.head("lm_head", spec.vocab_size, spec.hidden_size)
         cos, sin = tables(spec.rope, max_model_len, weights.dtype)
@@ -56,8 +60,14 @@ class Decoder:
             x = layer.down(silu_mul(layer.gate_up(x)))
         return residual.add_(x)
 
+    def normed(self, hidden: Tensor) -> Tensor:
+        """Hidden states of `forward` after the last norm."""
+        return rms_norm(hidden, self._norm, self._eps)
+
     def logits(self, hidden: Tensor) -> Tensor:
-        return self._head(rms_norm(hidden, self._norm, self._eps))
+        if self._head is None:
+            raise ValueError("built without a head")
+        return self._head(self.normed(hidden))
 
 
 class _Layer:

@@ -22,6 +22,10 @@ class Fields:
     def __contains__(self, name: str) -> bool:
         return self._values.get(name) is not None
 
+    @property
+    def members(self) -> dict[str, Any]:
+        return self._values
+
     def is_null(self, name: str) -> bool:
         """Written down as null, which some members tell from being absent."""
         return name in self._values and self._values[name] is None
@@ -82,11 +86,19 @@ class Fields:
 
 def read_json(folder: Path, name: str) -> dict[str, Any]:
     """The JSON object in a file of the folder. Raises ModelError, also when it is absent."""
+    value = read_json_value(folder, name)
+    if not isinstance(value, dict):
+        raise ModelError(f"{name}: must be a JSON object")
+    return value
+
+
+def read_json_value(folder: Path, name: str) -> Any:
+    """As read_json, for a file that may hold another value than an object."""
     try:
         size = (folder / name).stat().st_size
         if size > _MAX_JSON_BYTES:
             raise ModelError(f"{name}: {size} bytes is too large for a JSON file")
-        value = json.loads((folder / name).read_bytes())
+        return json.loads((folder / name).read_bytes())
     except FileNotFoundError:
         raise ModelError(f"{name}: not found in the model folder") from None
     except OSError as error:
@@ -95,6 +107,3 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
         raise ModelError(f"{name}: not valid JSON (line {error.lineno}, column {error.colno})") from None
     except (UnicodeDecodeError, RecursionError):
         raise ModelError(f"{name}: not valid JSON") from None
-    if not isinstance(value, dict):
-        raise ModelError(f"{name}: must be a JSON object")
-    return value

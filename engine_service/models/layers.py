@@ -14,9 +14,11 @@ from penstock.kernels.paged_attention import paged_attention
 
 
 class LayerNorm:
-    def __init__(self, loader: Loader, size: int, eps: float, affine: bool) -> None:
-        self._weight = loader.tensor("weight", size) if affine else None
-        self._bias = loader.tensor("bias", size) if affine else None
+    def __init__(self, loader: Loader, size: int, eps: float, affine: bool = True, bias: bool = True) -> None:
+        # BERT's first checkpoints have the names of another framework.
+        old = affine and loader.has("gamma")
+        self._weight = loader.tensor("gamma" if old else "weight", size) if affine else None
+        self._bias = loader.tensor("beta" if old else "bias", size) if affine and bias else None
         self._eps = eps
 
     def __call__(self, x: Tensor) -> Tensor:

@@ -31,6 +31,14 @@ class Loader:
     def under(self, name: str) -> Loader:
         return Loader(self.weights, self.backend, self.group, f"{self._prefix}{name}.")
 
+    def has(self, name: str) -> bool:
+        return self.weights.has(self._prefix + name)
+
+    def skip(self, *names: str) -> None:
+        """Marks tensors that the model has no use for as known."""
+        for name in names:
+            self.weights.skip(self._prefix + name)
+
     def tensor(self, name: str, *shape: int) -> Tensor:
         return self.backend.place(self.weights.take(self._prefix + name, shape))
 

@@ -15,6 +15,8 @@ from penstock.engine_service.models.errors import ModelError
 _LENGTH_BYTES = 8
 _MAX_HEADER_BYTES = 100_000_000  # the format's own bound
 _FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
+# Beside them, numbers that old encoders store and no model takes: a model's `skip` knows them.
+_KNOWN = {**_FLOATS, "I64": torch.int64}
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +46,10 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
         raise ModelError(f"{path.name}: tensors take {used} bytes, but the file has {data_bytes} for them")
     _check_apart(path.name, entries)
     return entries
+
+
+def wrong_dtype(file: str, name: str, dtype: str) -> ModelError:
+    return ModelError(f"{file}: tensor '{name}' has dtype {dtype[:20]}, expected one of {', '.join(_FLOATS)}")
 
 
 def _check_apart(file: str, entries: dict[str, TensorEntry]) -> None:
@@ -87,15 +93,13 @@ def _entry(file: str, name: str, value: Any, begin: int, data_bytes: int) -> Ten
             raise ModelError(f"{file}: tensor '{name}' has a malformed header entry")
     if any(not isinstance(extent, int) or isinstance(extent, bool) or extent < 0 for extent in shape):
         raise ModelError(f"{file}: tensor '{name}' has a malformed shape")
-    if dtype not in _FLOATS:
-        raise ModelError(
-            f"{file}: tensor '{name}' has dtype {dtype[:20]}, expected one of {', '.join(_FLOATS)}"
-        )
+    if dtype not in _KNOWN:
+        raise wrong_dtype(file, name, dtype)
     if not 0 <= start <= stop <= data_bytes:
         raise ModelError(
             f"{file}: tensor '{name}' ends at byte {stop}, but the file has {data_bytes} (is it truncated?)"
         )
-    num_bytes = math.prod(shape) * _FLOATS[dtype].itemsize
+    num_bytes = math.prod(shape) * _KNOWN[dtype].itemsize
     if stop - start != num_bytes:
         raise ModelError(f"{file}: tensor '{name}' takes {stop - start} bytes, expected {num_bytes}")
-    return TensorEntry(file, _FLOATS[dtype], tuple(shape), num_bytes, begin + start)
+    return TensorEntry(file, _KNOWN[dtype], tuple(shape), num_bytes, begin + start)

@@ -14,7 +14,7 @@ from torch import Tensor
 from penstock.engine_service.models.errors import ModelError
 from penstock.engine_service.models.fields import read_json
 from penstock.engine_service.models.mapped_file import MappedFile
-from penstock.engine_service.models.safetensors_header import TensorEntry, read_header
+from penstock.engine_service.models.safetensors_header import TensorEntry, read_header, wrong_dtype
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -108,7 +108,8 @@ class Checkpoint(Weights):
     ) -> None:
         self._listing = SINGLE_FILE if (folder / SINGLE_FILE).is_file() else INDEX_FILE
         entries, files = _list_tensors(folder)
-        super().__init__(dtype or next(iter(entries.values())).dtype)
+        floats = (entry.dtype for entry in entries.values() if entry.dtype.is_floating_point)
+        super().__init__(dtype or next(floats, torch.float32))
         self._entries = entries
         self._files = {name: _open(folder / name) for name in files}
         self._left = set(entries)
@@ -124,6 +125,8 @@ class Checkpoint(Weights):
         entry = self._entries.get(name)
         if entry is None:
             raise ModelError(f"{self._listing}: tensor '{name}' is missing, expected shape {list(shape)}")
+        if not entry.dtype.is_floating_point:
+            raise wrong_dtype(entry.file, name, str(entry.dtype))
         if entry.shape != shape:
             raise ModelError(
                 f"{entry.file}: tensor '{name}' has shape {list(entry.shape)}, expected {list(shape)}"
