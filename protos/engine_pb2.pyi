@@ -527,7 +527,7 @@ class GetInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class EngineInfo(_message.Message):
-    __slots__ = ("api_version", "engine_version", "instance_id", "model", "aliases", "architectures", "tasks", "max_model_len", "vocab_size", "eos_token_ids", "bos_token_id", "pad_token_id", "generation_defaults", "tokenizer_fingerprint", "capabilities", "limits", "dtype", "device", "tensor_parallel_size", "kv_block_size", "kv_blocks", "created_unix_s", "root", "adapters", "default_max_new_tokens")
+    __slots__ = ("api_version", "engine_version", "instance_id", "model", "aliases", "architectures", "tasks", "max_model_len", "vocab_size", "eos_token_ids", "bos_token_id", "pad_token_id", "generation_defaults", "tokenizer_fingerprint", "capabilities", "limits", "dtype", "device", "tensor_parallel_size", "kv_block_size", "kv_blocks", "created_unix_s", "root", "adapters", "default_max_new_tokens", "pooling", "embedding_dimensions", "matryoshka_dimensions", "any_dimensions", "labels", "max_input_tokens")
     API_VERSION_FIELD_NUMBER: _ClassVar[int]
     ENGINE_VERSION_FIELD_NUMBER: _ClassVar[int]
     INSTANCE_ID_FIELD_NUMBER: _ClassVar[int]
@@ -553,6 +553,12 @@ class EngineInfo(_message.Message):
     ROOT_FIELD_NUMBER: _ClassVar[int]
     ADAPTERS_FIELD_NUMBER: _ClassVar[int]
     DEFAULT_MAX_NEW_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    POOLING_FIELD_NUMBER: _ClassVar[int]
+    EMBEDDING_DIMENSIONS_FIELD_NUMBER: _ClassVar[int]
+    MATRYOSHKA_DIMENSIONS_FIELD_NUMBER: _ClassVar[int]
+    ANY_DIMENSIONS_FIELD_NUMBER: _ClassVar[int]
+    LABELS_FIELD_NUMBER: _ClassVar[int]
+    MAX_INPUT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     api_version: str
     engine_version: str
     instance_id: str
@@ -578,7 +584,13 @@ class EngineInfo(_message.Message):
     root: str
     adapters: _containers.RepeatedScalarFieldContainer[str]
     default_max_new_tokens: int
-    def __init__(self, api_version: _Optional[str] = ..., engine_version: _Optional[str] = ..., instance_id: _Optional[str] = ..., model: _Optional[str] = ..., aliases: _Optional[_Iterable[str]] = ..., architectures: _Optional[_Iterable[str]] = ..., tasks: _Optional[_Iterable[str]] = ..., max_model_len: _Optional[int] = ..., vocab_size: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., bos_token_id: _Optional[int] = ..., pad_token_id: _Optional[int] = ..., generation_defaults: _Optional[_Union[SamplingParams, _Mapping]] = ..., tokenizer_fingerprint: _Optional[str] = ..., capabilities: _Optional[_Iterable[str]] = ..., limits: _Optional[_Union[EngineLimits, _Mapping]] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., tensor_parallel_size: _Optional[int] = ..., kv_block_size: _Optional[int] = ..., kv_blocks: _Optional[int] = ..., created_unix_s: _Optional[int] = ..., root: _Optional[str] = ..., adapters: _Optional[_Iterable[str]] = ..., default_max_new_tokens: _Optional[int] = ...) -> None: ...
+    pooling: PoolingType
+    embedding_dimensions: int
+    matryoshka_dimensions: _containers.RepeatedScalarFieldContainer[int]
+    any_dimensions: bool
+    labels: _containers.RepeatedScalarFieldContainer[str]
+    max_input_tokens: int
+    def __init__(self, api_version: _Optional[str] = ..., engine_version: _Optional[str] = ..., instance_id: _Optional[str] = ..., model: _Optional[str] = ..., aliases: _Optional[_Iterable[str]] = ..., architectures: _Optional[_Iterable[str]] = ..., tasks: _Optional[_Iterable[str]] = ..., max_model_len: _Optional[int] = ..., vocab_size: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., bos_token_id: _Optional[int] = ..., pad_token_id: _Optional[int] = ..., generation_defaults: _Optional[_Union[SamplingParams, _Mapping]] = ..., tokenizer_fingerprint: _Optional[str] = ..., capabilities: _Optional[_Iterable[str]] = ..., limits: _Optional[_Union[EngineLimits, _Mapping]] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., tensor_parallel_size: _Optional[int] = ..., kv_block_size: _Optional[int] = ..., kv_blocks: _Optional[int] = ..., created_unix_s: _Optional[int] = ..., root: _Optional[str] = ..., adapters: _Optional[_Iterable[str]] = ..., default_max_new_tokens: _Optional[int] = ..., pooling: _Optional[_Union[PoolingType, str]] = ..., embedding_dimensions: _Optional[int] = ..., matryoshka_dimensions: _Optional[_Iterable[int]] = ..., any_dimensions: _Optional[bool] = ..., labels: _Optional[_Iterable[str]] = ..., max_input_tokens: _Optional[int] = ...) -> None: ...
 
 class EngineLimits(_message.Message):
     __slots__ = ("max_n", "max_logprobs", "max_logit_bias", "max_bad_words", "max_stop_token_ids", "max_running", "max_batched_tokens", "max_waiting", "max_waiting_tokens", "max_batch_inputs")
