@@ -132,7 +132,7 @@ def load(
     group on all its ranks."""
     try:
         max_model_len = _max_model_len(configure, spec)
-        weights = _weights(configure, Path(configure.model_path), spec, on_progress)
+        weights = open_weights(configure, spec.dtype, on_progress)
         kv_dtype = cache_dtype(configure.kv_cache_dtype, weights.dtype)
         own_spec = spec if group is None else spec_of(spec, group)
         # Ranks on CPUs share the machine's memory.
@@ -214,21 +214,22 @@ def _max_model_len(configure: Configure, spec: ModelSpec) -> int:
     return asked or spec.max_position
 
 
-def _weights(
-    configure: Configure, folder: Path, spec: ModelSpec, on_progress: Callable[[int, int], None]
+def open_weights(
+    configure: Configure, own_dtype: torch.dtype | None, on_progress: Callable[[int, int], None]
 ) -> Weights:
+    """The folder's, in the dtype asked for, else in its own. Raises ModelError."""
     if configure.dtype != "auto" and configure.dtype not in DTYPES:
         raise ModelError(
             f"dtype '{configure.dtype[:20]}' is not supported; supported: auto, {', '.join(DTYPES)}"
         )
-    dtype = DTYPES.get(configure.dtype, spec.dtype)
+    dtype = DTYPES.get(configure.dtype, own_dtype)
     if configure.load_format == "dummy":
         return DummyWeights(dtype or torch.float32, on_progress)
     if configure.load_format != "auto":
         raise ModelError(
             f"load format '{configure.load_format[:20]}' is not supported; supported: auto, dummy"
         )
-    return Checkpoint(folder, dtype, on_progress)
+    return Checkpoint(Path(configure.model_path), dtype, on_progress)
 
 
 def _ready(

@@ -17,8 +17,8 @@ from penstock.engine_service.core.device_results import DeviceRows, DeviceStep, 
 from penstock.engine_service.core.device_step import StepLimits, StepWork
 from penstock.engine_service.core.graphs import Bucket, Buckets, GraphPool
 from penstock.engine_service.core.plan import Step, StepPlan
+from penstock.engine_service.core.prompt_logprobs import scored_span
 from penstock.engine_service.core.request import Sequence
-from penstock.engine_service.core.slots import Int32s
 from penstock.engine_service.models.registry import Model
 from penstock.kernels.inputs import keep_tokens
 
@@ -135,10 +135,11 @@ class DeviceRunner:
         scores = {}
         # Rows of the decode part have no prompt log-probabilities to make.
         for row in range(plan.num_decodes, len(plan)):
-            targets = _prompt_targets(plan, row)
-            if targets is None:
+            span = scored_span(plan, row)
+            if span is None:
                 continue
-            first = packed.query_starts[row]
+            targets = plan.table.tokens[plan.slots[row], span]
+            first = packed.query_starts[row] + span.start - 1 - int(plan.starts[row])
             scores[row] = PromptScores.launch(
                 self._work.head,
                 self._work.hidden[first : first + len(targets)],
@@ -148,13 +149,3 @@ class DeviceRunner:
                 self._accelerator,
             )
         return scores
-
-
-def _prompt_targets(plan: StepPlan, row: int) -> Int32s | None:
-    """The prompt's ids that follow the positions which the row computes, for a sequence that asked."""
-    sequence = plan.sequences[row]
-    if sequence.sampling.prompt_logprobs is None:
-        return None
-    first = int(plan.starts[row]) + 1
-    stop = min(first + int(plan.counts[row]), sequence.num_prompt_tokens)
-    return plan.table.tokens[plan.slots[row], first:stop] if first < stop else None

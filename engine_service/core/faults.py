@@ -47,7 +47,7 @@ class FaultPolicy:
             strikes = self._strikes.get(request.id, 0) + 1
             self._strikes[request.id] = strikes
             if strikes >= MAX_STRIKES:
-                refused.append((request, _refusal(error)))
+                refused.append((request, refusal(error)))
         self._scheduler.quarantine(plan)
         self._forget_ended()
         return refused
@@ -57,7 +57,8 @@ class FaultPolicy:
             del self._strikes[request_id]
 
 
-def _refusal(error: Exception) -> RequestError:
+def refusal(error: Exception) -> RequestError:
+    """What a request hears whose step failed with `error`."""
     if any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__):
         return RequestError("engine_overloaded", "The device ran out of memory.")
     return RequestError("engine_lost", "The engine failed while it computed the request.")

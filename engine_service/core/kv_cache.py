@@ -56,8 +56,8 @@ class KvCache:
     ) -> tuple[list[int], list[int]] | None:
         """Blocks for all the tokens of a sequence without any: those found by their content, and new ones.
 
-        None, and nothing changes, when that would leave fewer than `headroom` blocks free. The last token is
-        never found: a step must compute it to sample.
+        None, and nothing changes, when that would leave fewer than `headroom` blocks free. At most
+        num_findable tokens are found.
         """
         if self._still_refused(sequence, headroom):
             return None
@@ -221,7 +221,7 @@ class KvCache:
         return self._table.blocks(first.slot)[:count]
 
     def _look_up(self, sequence: Sequence) -> list[int]:
-        limit = (sequence.num_tokens - 1) // self.pool.block_size
+        limit = sequence.num_findable // self.pool.block_size
         chain = self._chain(sequence)
         self._grow(chain, sequence, limit)
         found: list[int] = []

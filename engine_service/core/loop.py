@@ -1,29 +1,27 @@
-"""The core's loop: receive, take steps, send. What each of them means is known elsewhere."""
+"""The loop of a model that generates: receive, take steps, send. What each means is known elsewhere."""
 
 from __future__ import annotations
 
 import logging
 
 from penstock.engine_service.core import clock, messages
+from penstock.engine_service.core.base_loop import BaseLoop, wrong_task
 from penstock.engine_service.core.constraints import Constraints
 from penstock.engine_service.core.inbox import Inbox, Outbox
 from penstock.engine_service.core.messages import RequestError
 from penstock.engine_service.core.pipeline import Pipeline
 from penstock.engine_service.core.plan import Drafter, Runner
 from penstock.engine_service.core.postprocess import Postprocessor
-from penstock.engine_service.core.report import Counters, StepReport
+from penstock.engine_service.core.report import StepReport
 from penstock.engine_service.core.request import Sequence
 from penstock.engine_service.core.scheduler import Scheduler
 from penstock.engine_service.core.speculation import make_drafter
 
 log = logging.getLogger("penstock.engine.loop")
 
-# Nothing is due in an idle loop: messages wake it, and deadlines are waited for.
-_IDLE_WAIT_S = 60.0
 
-
-class EngineLoop:
-    """One thread; `step` never waits longer than the next deadline, and not at all while there is work."""
+class EngineLoop(BaseLoop):
+    """Scheduler, runner and postprocessor behind one inbox."""
 
     def __init__(
         self,
@@ -40,9 +38,8 @@ class EngineLoop:
         drafter: Drafter | None = None,
         constraints: Constraints | None = None,
     ) -> None:
+        super().__init__(inbox, outbox)
         self._runner = runner
-        self._inbox = inbox
-        self._outbox = outbox
         self.scheduler = Scheduler(
             num_blocks=num_blocks,
             block_size=block_size,
@@ -55,10 +52,8 @@ class EngineLoop:
             drafter=drafter,
         )
         self._constraints = constraints
-        self.counters = Counters()
         self._postprocessor = Postprocessor(self.scheduler, self.counters)
         self._pipeline = Pipeline(runner, self.scheduler, self._postprocessor, self.counters)
-        self._shutdown = False
 
     @classmethod
     def of_model(
@@ -89,22 +84,19 @@ class EngineLoop:
     def has_work(self) -> bool:
         return self.scheduler.has_work or self._pipeline.busy
 
-    def run(self) -> None:
-        """Runs until a Shutdown message or the end of the inbox. Raises EngineFatal when no step succeeds."""
-        while not (self._shutdown or self._inbox.closed):
-            self.step(self._idle_wait_s())
+    @property
+    def max_model_len(self) -> int:
+        return self.scheduler.max_model_len
 
-    def step(self, wait_s: float = 0.0) -> None:
-        """One turn. wait_s: longest wait for a first message when there is no work."""
-        report = StepReport(self.counters)
-        for message in self._inbox.take(0.0 if self.has_work else wait_s):
-            self._receive(message, report)
-        finished = self._pipeline.turn(report)
-        if finished or not report.empty:
-            self._outbox.send(report.build(self.load()))
+    @property
+    def next_deadline_us(self) -> int | None:
+        return self.scheduler.next_deadline_us
 
     def load(self) -> messages.Load:
         return self.counters.fill(self.scheduler.load())
+
+    def _turn(self, report: StepReport) -> bool:
+        return self._pipeline.turn(report)
 
     def _receive(self, message: messages.ToCore | messages.Prepared, report: StepReport) -> None:
         match message:
@@ -120,13 +112,11 @@ class EngineLoop:
                 if request is not None:
                     now_us = clock.monotonic_us()
                     self._postprocessor.end_choice(request, message.choice, report, now_us)
-            case messages.Ping():
-                self._outbox.send(messages.Pong(message.serial, self.load()))
             case messages.FlushCache():
                 freed = self.scheduler.flush_cache()
                 self._outbox.send(messages.CacheFlushed(message.serial, freed))
-            case messages.Shutdown():
-                self._shutdown = True
+            case messages.AddPooled():
+                self._refuse(message, wrong_task("generate"), report)
 
     def _add(self, params: messages.AddRequest, report: StepReport) -> None:
         self.counters.accepted += 1
@@ -140,8 +130,7 @@ class EngineLoop:
             if not isinstance(error, RequestError):
                 log.exception("adding request %d failed", params.id)
                 error = RequestError("internal_error", "An internal error occurred.")
-            self.counters.failed += 1
-            report.add_failure(params.id, error, messages.Usage(len(params.prompt)))
+            self._fail(params, error, report)
 
     def _add_constrained(self, params: messages.AddRequest) -> None:
         if self._constraints is None:
@@ -177,9 +166,3 @@ class EngineLoop:
             self._runner.forget(sequence)
         except Exception:
             log.exception("the runner could not forget request %d", sequence.request.id)
-
-    def _idle_wait_s(self) -> float:
-        deadline = self.scheduler.next_deadline_us
-        if deadline is None:
-            return _IDLE_WAIT_S
-        return min(_IDLE_WAIT_S, max(0.0, (deadline - clock.monotonic_us()) / 1e6))

@@ -44,6 +44,9 @@ class Sampling:
     logprobs: int | None = None  # alternatives per token
     prompt_logprobs: int | None = None
     logprob_token_ids: list[int] = field(default_factory=list)
+    # The first prompt token whose log-probability is wanted: what is before it may come from the prefix
+    # cache. 1: those of all tokens, behind an empty row for the first.
+    prompt_logprobs_from: int = 1
 
 
 @dataclass(slots=True, frozen=True)
@@ -74,6 +77,7 @@ class Configure:
     speculative: str = ""  # ngram; empty: none
     speculative_tokens: int = 7  # drafted for a sequence in a step, at most
     lookahead: bool = True  # on CUDA, start a step before the one before it is done
+    task: str = "auto"  # auto (as the folder says), generate, embed, score, classify
 
 
 @dataclass(slots=True, frozen=True)
@@ -134,6 +138,37 @@ class AddRequest:
     beam: Beam | None = None  # told when the search is over: the n best, best first
 
 
+# What a pooled request is to be given for each input.
+EMBED = "embed"  # its vector
+CLASSIFY = "classify"  # the classifier's numbers
+SIMILARITY = "similarity"  # the cosine between the first input's vector and its own; the first gets none
+
+
+@dataclass(slots=True)
+class AddPooled:
+    """A new request without generation: inputs that are computed in any order and answered together. `prompt`
+    has the ids of all of them, end to end; input i has lengths[i], at least one."""
+
+    id: int
+    prompt: Sequence[int]
+    lengths: Sequence[int]
+    token_type_ids: Sequence[int] = ()  # as `prompt`; empty: all 0
+    kind: str = EMBED
+    pooling: str = ""  # cls, mean, last, all; empty: the model's
+    dimensions: int = 0  # 0: all
+    normalize: bool | None = None  # None: as the model does
+    activate: bool = True  # classifiers: sigmoid or softmax, as the model does
+    priority: int = 0
+    arrival_us: int = 0  # times as those of AddRequest
+    queue_deadline_us: int = 0
+    deadline_us: int = 0
+
+    @property
+    def n(self) -> int:
+        """One finish, as of a request with one choice."""
+        return 1
+
+
 @dataclass(slots=True)
 class Prepared:
     """Within the core: the compiled grammar of a request that is held, or why there is none."""
@@ -177,7 +212,7 @@ class Shutdown:
     """The core aborts what runs and exits with 0."""
 
 
-ToCore = Configure | AddRequest | AbortRequests | EndChoice | Ping | FlushCache | Shutdown
+ToCore = Configure | AddRequest | AddPooled | AbortRequests | EndChoice | Ping | FlushCache | Shutdown
 
 
 @dataclass(slots=True, frozen=True)
@@ -216,6 +251,15 @@ class Started:
     prompt_logprobs: Logprobs | None = None
 
 
+@dataclass(slots=True, frozen=True)
+class Pooled:
+    """What a pooled request was for: rows of numbers, for one input after the other."""
+
+    values: bytes  # float32, little-endian, [sum(rows), width]
+    width: int
+    rows: Sequence[int]  # of each input: 1, or with pooling "all" one per token
+
+
 @dataclass(slots=True)
 class Finish:
     id: int
@@ -227,6 +271,7 @@ class Finish:
     stopped_by_eos: bool = False
     cumulative_logprob: float | None = None
     score: float | None = None  # what candidates were ranked by
+    pooled: Pooled | None = None  # of a pooled request that was not aborted
 
 
 @dataclass(slots=True)
@@ -304,6 +349,19 @@ class Progress:
     total: int
 
 
+@dataclass(slots=True, frozen=True)
+class PooledFacts:
+    """What a model without generation does unless a request says otherwise, and what it can be asked."""
+
+    pooling: str
+    normalize: bool
+    dimensions: int  # of a vector of full size
+    matryoshka: list[int]  # the sizes that may be asked for
+    any_dimensions: bool  # any up to the full one may be
+    labels: list[str]
+    type_vocab_size: int  # token type ids are below it
+
+
 @dataclass(slots=True)
 class Ready:
     """The model is loaded and the loop runs. What the server needs for GetInfo and validation."""
@@ -322,6 +380,7 @@ class Ready:
     kv_blocks: int
     tasks: list[str]
     capabilities: list[str]
+    pooled: PooledFacts | None = None  # then max_model_len is that of one input, and there is no KV cache
 
 
 @dataclass(slots=True)

@@ -19,7 +19,6 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from typing import Protocol
 
 from penstock.engine_service.core.child import (
     EXIT_MODEL,
@@ -28,14 +27,12 @@ from penstock.engine_service.core.child import (
     follow_parent,
     log_to_stderr,
 )
-from penstock.engine_service.core.constraints import Constraints
 from penstock.engine_service.core.faults import EngineFatal
 from penstock.engine_service.core.head_start import head_start
 from penstock.engine_service.core.heap import Heap
 from penstock.engine_service.core.inbox import Inbox, Outbox
-from penstock.engine_service.core.loop import EngineLoop
-from penstock.engine_service.core.messages import Configure, LoadFailed, Progress, Ready
-from penstock.engine_service.core.plan import Runner
+from penstock.engine_service.core.loops import Built, make_loop
+from penstock.engine_service.core.messages import Configure, LoadFailed, Progress
 
 log = logging.getLogger("penstock.engine.process")
 
@@ -43,17 +40,6 @@ log = logging.getLogger("penstock.engine.process")
 # process is ended under it.
 _END_GRACE_S = 1.0
 _SHUTDOWN_GRACE_S = 2.0
-
-
-class Built(Protocol):
-    @property
-    def runner(self) -> Runner: ...
-
-    @property
-    def ready(self) -> Ready: ...
-
-    @property
-    def constraints(self) -> Constraints | None: ...
 
 
 Build = Callable[[Configure, Callable[[int, int], None]], Built]
@@ -115,14 +101,13 @@ def _serve(inbox: Inbox, outbox: Outbox, load: Callable[[], _Loaded]) -> int:
     except model_errors as error:
         outbox.send(LoadFailed(str(error)))
         return EXIT_MODEL
-    ready = built.ready
-    loop = EngineLoop.of_model(configure, ready, built.runner, inbox, outbox, built.constraints)
+    loop = make_loop(configure, built, inbox, outbox)
     # What is alive now lives for ever: keep the collector from walking it again and again.
     gc.collect()
     gc.freeze()
     gc.enable()
     memory.settle()
-    outbox.send(dataclasses.replace(ready, max_model_len=loop.scheduler.max_model_len))
+    outbox.send(dataclasses.replace(built.ready, max_model_len=loop.max_model_len))
     try:
         loop.run()
     except EngineFatal as error:
@@ -153,7 +138,7 @@ def _end_soon(loop_done: threading.Event, grace_s: float) -> None:
 
 def _real_build() -> _Loaded:
     """Late, because it imports torch."""
-    from penstock.engine_service.core.build import build
+    from penstock.engine_service.core.pooled_build import build
     from penstock.engine_service.models.errors import ModelError
 
     return build, (ModelError,)

@@ -1,4 +1,4 @@
-"""Log-probabilities of given next tokens, in pieces of bounded memory. Knows no requests."""
+"""Log-probabilities of a prompt's tokens, in pieces of bounded memory."""
 
 from __future__ import annotations
 
@@ -9,8 +9,21 @@ from torch import Tensor
 
 from penstock.engine_service.core.logprobs import gather_logprobs
 from penstock.engine_service.core.messages import Logprobs
+from penstock.engine_service.core.plan import StepPlan
 
 _MAX_ELEMENTS = 1 << 24  # of float32 logits at a time
+
+
+def scored_span(plan: StepPlan, row: int) -> slice | None:
+    """Places of the prompt's ids that a row's positions predict and that are to be scored. None: nothing of
+    them is."""
+    sequence = plan.sequences[row]
+    if sequence.sampling.prompt_logprobs is None:
+        return None
+    start = int(plan.starts[row])
+    first = max(start + 1, sequence.sampling.prompt_logprobs_from)
+    stop = min(start + 1 + int(plan.counts[row]), sequence.num_prompt_tokens)
+    return slice(first, stop) if first < stop else None
 
 
 def prompt_logprobs(

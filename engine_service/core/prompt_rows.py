@@ -21,7 +21,8 @@ class PromptRows:
         """Takes in the rows of the chunk of choice 0 that starts at position `start`."""
         if sequence.choice or sequence.sampling.prompt_logprobs is None:
             return
-        if start == 0:  # the first chunk, or the first after a preemption
+        # Before the first row, or again after a preemption.
+        if start < sequence.sampling.prompt_logprobs_from:
             self._rows[sequence.request] = Logprobs([], [], 0, [], [])
         if rows is None or not rows.logprobs:
             return
@@ -33,15 +34,18 @@ class PromptRows:
         total.alternative_logprobs.extend(rows.alternative_logprobs)
 
     def take(self, request: Request) -> Logprobs | None:
-        """The collected rows behind one for the first token, which has no prediction. None if not asked
-        for."""
+        """The collected rows, behind one for the first token if all are told, which has no prediction. None
+        if not asked for."""
         rows = self._rows.pop(request, None)
         if rows is None:
             return None
-        if len(rows.logprobs) != request.num_prompt_tokens - 1:
+        first = request.params.sampling.prompt_logprobs_from
+        if len(rows.logprobs) != request.num_prompt_tokens - first:
             raise RuntimeError(
                 f"{len(rows.logprobs)} rows of prompt logprobs for {request.num_prompt_tokens} tokens"
             )
+        if first > 1:
+            return rows
         width = rows.num_alternatives if rows.logprobs else _alternatives(request)
         return Logprobs(
             [math.nan, *rows.logprobs],

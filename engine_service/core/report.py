@@ -148,6 +148,13 @@ class StepReport:
             if request.held_back or not sequence.finished:
                 self.add_finish(sequence, ABORTED, now_us)
 
+    def tell_started(self, started: Started) -> None:
+        """Of a pooled request, whose tokens are counted as they are computed."""
+        self._started.append(started)
+
+    def tell_finish(self, finish: Finish) -> None:
+        self._finished.append(finish)
+
     def add_failure(self, request_id: int, error: RequestError, usage: Usage) -> None:
         self._failures.append(Failure(request_id, error.reason, error.message, error.param, None, usage))
 

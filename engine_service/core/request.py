@@ -74,6 +74,18 @@ class Sequence:
         return [] if self.table is None else self.table.blocks(self.slot)
 
     @property
+    def scores_whole_prompt(self) -> bool:
+        return self.sampling.prompt_logprobs is not None and self.sampling.prompt_logprobs_from <= 1
+
+    @property
+    def num_findable(self) -> int:
+        """Tokens whose keys and values may come from the prefix cache. A step must compute the last token to
+        sample, and the token before the first that is scored."""
+        most = self.num_tokens - 1
+        scored = self.sampling.prompt_logprobs is not None and not self.request.started
+        return min(most, self.sampling.prompt_logprobs_from - 1) if scored else most
+
+    @property
     def entrance(self) -> Sequence:
         """The one that is queued to compute it (again): all beams of a request start from the first."""
         return self if self.request.search is None else self.request.sequences[0]

@@ -15,7 +15,7 @@ from penstock.engine_service.backends.base import Backend
 from penstock.engine_service.core.batch import BatchBuilder, copy_first
 from penstock.engine_service.core.messages import RequestError
 from penstock.engine_service.core.plan import StepPlan, StepResult
-from penstock.engine_service.core.prompt_logprobs import prompt_logprobs
+from penstock.engine_service.core.prompt_logprobs import prompt_logprobs, scored_span
 from penstock.engine_service.core.request import Sequence
 from penstock.engine_service.core.sampler import SampledRows, SampleRows
 from penstock.engine_service.core.verify import accept, sample_rows
@@ -95,11 +95,11 @@ class Runner:
         """Log-probabilities of the prompt's ids that follow the positions of this chunk, if asked for."""
         sequence = plan.sequences[row]
         alternatives = sequence.sampling.prompt_logprobs
-        first = int(plan.starts[row]) + 1
-        stop = min(first + int(plan.counts[row]), sequence.num_prompt_tokens)
-        if alternatives is None or first >= stop:
+        scored_ids = scored_span(plan, row)
+        if alternatives is None or scored_ids is None:
             return
-        targets = sequence.token_ids[first:stop].tolist()
+        targets = sequence.token_ids[scored_ids].tolist()
+        first_row += scored_ids.start - 1 - int(plan.starts[row])
         rows = hidden[first_row : first_row + len(targets)]
         scored = prompt_logprobs(self._model.logits, rows, targets, alternatives)
         if scored is None:

@@ -99,7 +99,7 @@ class Scheduler:
         for sequence in request.sequences:
             sequence.rank = (params.priority, self._arrivals, sequence.choice)
         self._requests[request.id] = request
-        self._deadlines.add(request)
+        self._deadlines.add(request.id, params.deadline_us, params.queue_deadline_us)
         self._waiting_tokens += request.num_prompt_tokens
         if not held:
             self._waiting.push(request.sequences[0])
@@ -320,7 +320,7 @@ class Scheduler:
     def _admit(self, sequence: Sequence, now_us: int) -> bool:
         """Blocks and a slot for a waiting sequence; False when there is no room."""
         request = sequence.request
-        compute_all = request.params.skip_cache_read or sequence.sampling.prompt_logprobs is not None
+        compute_all = request.params.skip_cache_read or sequence.scores_whole_prompt
         read_prefix = request.started or not compute_all
         headroom = self._headroom + beam_headroom(sequence, self.pool) if len(self._running) else 0
         if self._seats.num_free < (slots_for(sequence) if len(self._running) else 1):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 
 from penstock.engine_service.core.messages import RequestError
-from penstock.engine_service.core.request import Rank, Request, Sequence
+from penstock.engine_service.core.request import Rank, Sequence
 
 # Entries of members that left stay in a heap until they outnumber the live ones by this many.
 _SLACK = 256
@@ -54,13 +54,13 @@ class Deadlines:
         self._heap: list[tuple[int, int, bool]] = []  # (time, request id, whether it is the queue's)
         self._live: set[int] = set()
 
-    def add(self, request: Request) -> None:
-        params = request.params
-        self._live.add(request.id)
-        if params.deadline_us:
-            heapq.heappush(self._heap, (params.deadline_us, request.id, False))
-        if params.queue_deadline_us:
-            heapq.heappush(self._heap, (params.queue_deadline_us, request.id, True))
+    def add(self, request_id: int, deadline_us: int, queue_deadline_us: int) -> None:
+        """0: none."""
+        self._live.add(request_id)
+        if deadline_us:
+            heapq.heappush(self._heap, (deadline_us, request_id, False))
+        if queue_deadline_us:
+            heapq.heappush(self._heap, (queue_deadline_us, request_id, True))
 
     def discard(self, request_id: int) -> None:
         self._live.discard(request_id)

@@ -25,6 +25,7 @@ MAX_FRAME_BYTES = 256 * 1024 * 1024
 _TAGS = {
     messages.Configure: "configure",
     messages.AddRequest: "add",
+    messages.AddPooled: "add_pooled",
     messages.AbortRequests: "abort",
     messages.EndChoice: "end_choice",
     messages.Ping: "ping",

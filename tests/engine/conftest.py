@@ -51,6 +51,7 @@ _FAKES = (
     "fake_runner",
     "in_process",
     "fake_core",
+    "fake_pooled",
     "device_driver",
     "sampler_rows",
     "plans",

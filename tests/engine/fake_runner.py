@@ -237,7 +237,8 @@ class FakeRunner:
                 result.logprobs[index] = _rows(sampled, sequence.sampling.logprobs)
         if sequence.sampling.prompt_logprobs is not None:
             prompt = sequence.request.prompt.tolist()
-            targets = prompt[row.start + 1 : row.end + 1]
+            first = max(row.start + 1, sequence.sampling.prompt_logprobs_from)
+            targets = prompt[first : row.end + 1]
             if targets:
                 result.prompt_logprobs[index] = _rows(targets, sequence.sampling.prompt_logprobs)
 

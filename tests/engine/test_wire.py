@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import typing
+from array import array
 from typing import Any
 
 import msgspec
@@ -12,7 +13,9 @@ from fake_runner import fake_ready
 
 from penstock.engine_service.core import messages, wire
 from penstock.engine_service.core.messages import (
+    SIMILARITY,
     AbortRequests,
+    AddPooled,
     AddRequest,
     Beam,
     CacheFlushed,
@@ -28,6 +31,8 @@ from penstock.engine_service.core.messages import (
     Logprobs,
     Ping,
     Pong,
+    Pooled,
+    PooledFacts,
     Progress,
     Sampling,
     Shutdown,
@@ -63,6 +68,8 @@ TO_CORE: list[ToCore] = [
     ),
     AddRequest(1, [1]),
     AddRequest(2, [1], n=2, best_of=5, beam=Beam(4, -0.5, False, True)),
+    AddPooled(4, [1, 2, 3], [1, 2], [0, 0, 1], SIMILARITY, "mean", 7, False, False, -1, 1, 2, 3),
+    AddPooled(5, [1], [1]),
     AbortRequests([1, 2], report=True),
     EndChoice(3, 4),
     Ping(5),
@@ -80,6 +87,7 @@ FROM_CORE: list[FromCore] = [
         [
             Finish(1, 0, 1, Usage(1, 2, 3, 4, 5), Timings(1, 2, 3, 4), 17, True, -3.5, -0.25),
             Finish(2, 1, 2, Usage(), Timings()),
+            Finish(5, 0, 1, Usage(3), Timings(1), pooled=Pooled(b"\0\0\x80?", 1, array("i", [1, 0]))),
         ],
         [Failure(3, "invalid_value", "no", "logit_bias", 1.5, Usage(9)), Failure(4, "timeout", "late")],
         Load(*range(1, 16)),
@@ -88,15 +96,18 @@ FROM_CORE: list[FromCore] = [
     CacheFlushed(6, 7),
     Progress(1, 2**40),
     fake_ready(eos=(1, 2)),
+    dataclasses.replace(
+        fake_ready(eos=()), pooled=PooledFacts("mean", True, 8, [2, 4], False, ["no", "yes"], 2)
+    ),
     LoadFailed("config.json: no"),
 ]
 
 
 def plain(message: Any) -> Any:
-    """Comparable, with a prompt as a list."""
+    """Comparable, with ids as lists."""
     fields = dataclasses.asdict(message)
-    if "prompt" in fields:
-        fields["prompt"] = list(fields["prompt"])
+    for name in {"prompt", "lengths", "token_type_ids"} & fields.keys():
+        fields[name] = list(fields[name])
     return type(message), fields
 
 
