@@ -36,7 +36,7 @@ class Admission:
         if queue.requests >= self._max_requests:
             raise self._refusal("queue_full", f"{queue.requests} requests are waiting already.")
         # One long prompt may always wait alone, or it could never be served.
-        if queue.requests and queue.tokens + prompt_tokens > self._max_tokens:
+        if queue.tokens and queue.tokens + prompt_tokens > self._max_tokens:
             raise self._refusal("queue_full", f"{queue.tokens} prompt tokens are waiting already.")
 
     def estimated_wait_s(self) -> float:

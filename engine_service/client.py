@@ -20,6 +20,7 @@ from typing import Protocol
 from penstock.engine_service.core.messages import (
     ABORTED,
     AbortRequests,
+    AddPooled,
     AddRequest,
     CacheFlushed,
     Configure,
@@ -49,7 +50,7 @@ log = logging.getLogger("penstock.engine.client")
 class Live:
     """A request between its acceptance and its end. `tag` is the sink's own (a slot)."""
 
-    params: AddRequest
+    params: AddRequest | AddPooled
     request_id: str  # the caller's
     sink: Sink
     tag: int = 0
@@ -190,7 +191,9 @@ class EngineClient:
     def queue(self) -> Queue:
         """What waits now, requests included that the core has not reported yet."""
         core = self.totals.core
-        free = 0 if core.waiting else max(0, self._max_num_seqs - core.running)
+        # A pooled model has no slots: whatever is not computed yet waits.
+        pooled = self.ready is not None and self.ready.pooled is not None
+        free = 0 if core.waiting else max(0, (1 if pooled else self._max_num_seqs) - core.running)
         unseen = list(self._unseen)[free:]
         return Queue(core.waiting + len(unseen), core.waiting_tokens + sum(unseen), len(self._unseen) < free)
 

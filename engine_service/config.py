@@ -41,6 +41,11 @@ class EngineConfig(Config):
         45.0, ge=0, le=86400, description="longest wait for running requests at shutdown"
     )
 
+    task: Literal["auto", "generate", "embed", "embedding", "score", "classify"] = Field(
+        "auto",
+        description="what the model is served for; auto: as its files say; embed also makes an embedder of a "
+        "model that generates; embedding is the same",
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="type of weights and KV cache"
     )
@@ -183,6 +188,7 @@ class EngineConfig(Config):
             speculative_tokens=self.speculative_tokens,
             enforce_eager=self.enforce_eager,
             lookahead=self.async_scheduling,
+            task="embed" if self.task == "embedding" else self.task,
             threads=self.threads,
             quantization="" if self.quantization == "none" else self.quantization,
             kv_cache_dtype=self.kv_cache_dtype,

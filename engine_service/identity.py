@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 
-from penstock.engine_service import validation
+from penstock.engine_service import batch_validation, validation
 from penstock.engine_service.config import EngineConfig
-from penstock.engine_service.core.messages import Ready, Sampling
+from penstock.engine_service.core.messages import PooledFacts, Ready, Sampling
 from penstock.protos import engine_pb2 as pb
 
 API_VERSION = "penstock.v1"
@@ -50,7 +50,7 @@ class Identity:
         return frozenset((self.model, *self.aliases))
 
     def info(self, ready: Ready, created_unix_s: int) -> pb.EngineInfo:
-        return pb.EngineInfo(
+        info = pb.EngineInfo(
             api_version=API_VERSION,
             engine_version=version(),
             instance_id=self.instance_id,
@@ -76,6 +76,9 @@ class Identity:
             root=self.root,
             default_max_new_tokens=ready.default_max_new_tokens,
         )
+        if ready.pooled is not None:
+            _describe(info, ready.pooled)
+        return info
 
     def _limits(self) -> pb.EngineLimits:
         return pb.EngineLimits(
@@ -88,7 +91,17 @@ class Identity:
             max_batched_tokens=self.max_num_batched_tokens,
             max_waiting=self.max_queued_requests,
             max_waiting_tokens=self.max_queued_tokens,
+            max_batch_inputs=batch_validation.MAX_BATCH_INPUTS,
         )
+
+
+def _describe(info: pb.EngineInfo, pooled: PooledFacts) -> None:
+    info.pooling = batch_validation.POOLINGS[pooled.pooling]
+    info.embedding_dimensions = pooled.dimensions
+    info.matryoshka_dimensions.extend(pooled.matryoshka)
+    info.any_dimensions = pooled.any_dimensions
+    info.labels.extend(pooled.labels)
+    info.max_input_tokens = info.max_model_len
 
 
 def fingerprint(folder: Path) -> str:

@@ -13,6 +13,7 @@ from typing import Any, NoReturn, TypeAlias
 import grpc
 
 from penstock.engine_service.admission import Admission
+from penstock.engine_service.batches import Batches
 from penstock.engine_service.client import EngineClient, Live, Sink
 from penstock.engine_service.core.messages import AddRequest, Constraint, ConstraintSource, EndChoice, Ready
 from penstock.engine_service.core_keeper import State
@@ -71,6 +72,7 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
         self._identity = identity
         self._grammars = grammars
         self._queue_timeout_us = int(queue_timeout_seconds * 1e6)
+        self._batches = Batches(client, admission, identity.models, self._queue_timeout_us)
 
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> None:
         sink = GenerateSink(_canceller())
@@ -92,11 +94,11 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
             sink.cancel_preparing()
             self._client.abort(list(sink.slots.values()))
 
-    async def Embed(self, request: pb.EmbedRequest, context: Context) -> NoReturn:
-        _refuse("Embed")
+    async def Embed(self, request: pb.EmbedRequest, context: Context) -> pb.EmbedResponse:
+        return await self._batches.embed(request, _time_remaining_us(context))
 
-    async def Score(self, request: pb.ScoreRequest, context: Context) -> NoReturn:
-        _refuse("Score")
+    async def Score(self, request: pb.ScoreRequest, context: Context) -> pb.ScoreResponse:
+        return await self._batches.score(request, _time_remaining_us(context))
 
     async def GetInfo(self, request: pb.GetInfoRequest, context: Context) -> pb.EngineInfo:
         ready = self._client.ready

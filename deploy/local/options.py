@@ -49,7 +49,6 @@ class ServeConfig(Config):
         description="model to serve: a folder, a hub id, or penstock-demo; repeatable",
         json_schema_extra={"env": ["MODEL_NAME"]},
     )
-    task: Literal["auto", "generate", "embedding"] = Field("auto", description="what the model is served for")
     affinity: Literal["auto", "off"] = Field(
         "auto",
         description="auto: on four cores and more, compute threads and services have cores of their own",
@@ -142,8 +141,6 @@ def plan_serve(
         file={k: v for k, v in file.items() if k in ServeConfig.model_fields},
         file_name=given.file_name,
     )
-    if serve.config.task == "embedding":
-        raise ConfigError("--task embedding: embedding models are not served by this version")
     models = [_plan_model(name, own, resolve) for name, own in _wanted_models(serve, entries, given)]
     ids = [model_id for model in models for model_id in model.ids]
     if len(set(ids)) != len(ids):

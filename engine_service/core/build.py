@@ -45,6 +45,8 @@ _CAPABILITIES = [
     "priority",
     "beam_search",
     "best_of",
+    "label_scores",
+    "continuation_scores",
 ]
 _LOADED = "loaded"  # where the ranks of a group wait for each other
 

@@ -21,6 +21,8 @@ _SERVER_PACKAGES = ("grpc", "grpc_health", "grpc_status", "prometheus_client", "
 _SERVER_TESTS = (
     "wire",
     "server",
+    "batches",
+    "scoring",
     "multiplex",
     "faults",
     "validation",
@@ -50,8 +52,8 @@ def _register(name: str) -> None:
 _FAKES = (
     "fake_runner",
     "in_process",
-    "fake_core",
     "fake_pooled",
+    "fake_core",
     "device_driver",
     "sampler_rows",
     "plans",

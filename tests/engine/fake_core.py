@@ -14,11 +14,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from fake_pooled import FakeBuiltPooled, FakePooledRunner, pooled_ready
 from fake_runner import FakeRunner, Row, fake_ready
 
 from penstock.engine_service.core import process
 from penstock.engine_service.core.messages import Configure, Ready, RequestError
 from penstock.engine_service.core.plan import StepPlan
+from penstock.engine_service.core.pooled_call import PooledInput
 
 SLOW = 901  # its steps take a while, so that there is time to interfere
 CRASH = 902  # the process dies in the step
@@ -39,8 +41,10 @@ class FakeBuilt:
     constraints: None = None
 
 
-def build(configure: Configure, on_progress: Callable[[int, int], None]) -> FakeBuilt:
+def build(configure: Configure, on_progress: Callable[[int, int], None]) -> FakeBuilt | FakeBuiltPooled:
     name = Path(configure.model_path).name
+    if name == "pooled":
+        return FakeBuiltPooled(FakePooledRunner(on_run=before_pooled_step), pooled_ready())
     if name == "broken":
         raise FakeModelError("config.json: no such file")
     if name == "crashing":
@@ -75,6 +79,14 @@ def before_step(plan: StepPlan) -> None:
         ctypes.pythonapi.PyThreadState_SetAsyncExc(
             ctypes.c_ulong(reader.ident or 0), ctypes.py_object(MemoryError)
         )
+
+
+def before_pooled_step(inputs: list[PooledInput]) -> None:
+    heads = {int(item.token_ids[0]) for item in inputs}
+    if SLOW in heads:
+        time.sleep(0.02)
+    if CRASH in heads:
+        os._exit(9)
 
 
 def before_sequence(row: Row) -> None:

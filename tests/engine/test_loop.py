@@ -73,6 +73,19 @@ def test_zero_new_tokens_only_scores_the_prompt() -> None:
     assert said[1].tokens == {}
 
 
+def test_prompts_scored_from_a_token_on_in_chunks_and_from_the_cache() -> None:
+    for budget in (5, 16, 64):
+        harness = Harness(max_num_batched_tokens=budget, block_size=4, max_num_seqs=4)
+        for number, first in enumerate([1, 2, 4, 5, 8, 9, 19]):
+            sampling = Sampling(prompt_logprobs=1, prompt_logprobs_from=first)
+            params = AddRequest(number, list(range(20)), sampling, max_new_tokens=0)
+            rows = harness.generate(params)[number].started[0].prompt_logprobs
+            assert rows is not None
+            assert len(rows.logprobs) == (20 if first == 1 else 20 - first)
+            usage = harness.said[number].finished[0].usage
+            assert usage.cached_tokens == (0 if number == 0 else (first - 1) // 4 * 4)
+
+
 def test_prompt_of_one_token_has_one_empty_row() -> None:
     said = Harness().generate(
         AddRequest(id=1, prompt=[5], max_new_tokens=0, sampling=Sampling(prompt_logprobs=2))

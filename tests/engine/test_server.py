@@ -84,17 +84,6 @@ async def test_info(tmp_path: Path) -> None:
     assert info.created_unix_s
 
 
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [("Embed", pb.EmbedRequest()), ("Score", pb.ScoreRequest())],
-)
-async def test_rpcs_that_are_not_served_name_themselves(engine: Engine, name: str, message: object) -> None:
-    with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await getattr(engine.stub, name)(message)
-    assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
-    assert from_rpc(caught.value).param == name
-
-
 async def test_admin_rpcs(engine: Engine) -> None:
     await engine.generate(request(list(range(40)), 1))
     cached = await engine.until(lambda load: load.kv_blocks_cached)

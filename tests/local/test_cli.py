@@ -79,7 +79,7 @@ def test_help_loads_nothing_heavy(command: str) -> None:
         (["serve", "--dtype", "int3"], 2, "--dtype"),
         (["serve", "--max-num-seqs", "0"], 2, "--max-num-seqs"),
         (["serve", "--port", "70000"], 2, "--port"),
-        (["serve", "--task", "embedding"], 2, "--task"),
+        (["serve", "--task", "paint"], 2, "--task"),
         (["serve", "--config", "/no/such/file.yaml"], 2, "/no/such/file.yaml"),
         (["serve", "/no/such/model"], 3, "/no/such/model"),
         (["engine", "/no/such/model"], 3, "/no/such/model"),

@@ -210,10 +210,11 @@ def test_one_name_for_several_models_is_refused() -> None:
         _plan(["a", "b", "--served-model-name", "x"])
 
 
-def test_embedding_models_are_refused_by_name() -> None:
-    with pytest.raises(ConfigError, match="--task embedding"):
-        _plan(["--task", "embedding"])
-    assert _plan(["--task", "generate"]).models
+def test_the_task_is_the_models_own() -> None:
+    given = Given({}, {"models": ["a", {"model": "b", "task": "embedding"}]}, "file", {})
+    models = options.plan_serve(given, _source).models
+    assert [model.engine.config.configure().task for model in models] == ["auto", "embed"]
+    assert _plan(["--task", "score"]).models[0].engine.config.configure().task == "score"
 
 
 def test_addresses_between_the_services_are_not_the_users() -> None:
