@@ -25,7 +25,7 @@ TRUNCATION_SIDE_LEFT: TruncationSide
 TRUNCATION_SIDE_RIGHT: TruncationSide
 
 class RenderRequest(_message.Message):
-    __slots__ = ("request_id", "model", "messages_json", "tools_json", "documents_json", "template_kwargs_json", "chat_template", "add_generation_prompt", "continue_final_message", "add_special_tokens", "reasoning_effort", "truncate_prompt_tokens", "return_text", "content_format", "max_tokens")
+    __slots__ = ("request_id", "model", "messages_json", "tools_json", "documents_json", "template_kwargs_json", "chat_template", "add_generation_prompt", "continue_final_message", "add_special_tokens", "reasoning_effort", "truncate_prompt_tokens", "return_text", "content_format", "max_tokens", "no_answer")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     MESSAGES_JSON_FIELD_NUMBER: _ClassVar[int]
@@ -41,6 +41,7 @@ class RenderRequest(_message.Message):
     RETURN_TEXT_FIELD_NUMBER: _ClassVar[int]
     CONTENT_FORMAT_FIELD_NUMBER: _ClassVar[int]
     MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NO_ANSWER_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     model: str
     messages_json: bytes
@@ -56,7 +57,8 @@ class RenderRequest(_message.Message):
     return_text: bool
     content_format: ContentFormat
     max_tokens: int
-    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., messages_json: _Optional[bytes] = ..., tools_json: _Optional[bytes] = ..., documents_json: _Optional[bytes] = ..., template_kwargs_json: _Optional[bytes] = ..., chat_template: _Optional[str] = ..., add_generation_prompt: _Optional[bool] = ..., continue_final_message: _Optional[bool] = ..., add_special_tokens: _Optional[bool] = ..., reasoning_effort: _Optional[str] = ..., truncate_prompt_tokens: _Optional[int] = ..., return_text: _Optional[bool] = ..., content_format: _Optional[_Union[ContentFormat, str]] = ..., max_tokens: _Optional[int] = ...) -> None: ...
+    no_answer: bool
+    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., messages_json: _Optional[bytes] = ..., tools_json: _Optional[bytes] = ..., documents_json: _Optional[bytes] = ..., template_kwargs_json: _Optional[bytes] = ..., chat_template: _Optional[str] = ..., add_generation_prompt: _Optional[bool] = ..., continue_final_message: _Optional[bool] = ..., add_special_tokens: _Optional[bool] = ..., reasoning_effort: _Optional[str] = ..., truncate_prompt_tokens: _Optional[int] = ..., return_text: _Optional[bool] = ..., content_format: _Optional[_Union[ContentFormat, str]] = ..., max_tokens: _Optional[int] = ..., no_answer: _Optional[bool] = ...) -> None: ...
 
 class RenderResponse(_message.Message):
     __slots__ = ("ids", "text", "stop_token_ids", "ends_in_reasoning", "tool_parser", "reasoning_parser", "content_format", "media")
@@ -91,7 +93,7 @@ class RenderedMedia(_message.Message):
     def __init__(self, kind: _Optional[str] = ..., offset: _Optional[int] = ..., length: _Optional[int] = ..., hash: _Optional[bytes] = ...) -> None: ...
 
 class EncodeRequest(_message.Message):
-    __slots__ = ("request_id", "model", "texts", "pairs", "add_special_tokens", "truncate_tokens", "truncation_side", "return_offsets", "return_tokens", "max_tokens", "suffix")
+    __slots__ = ("request_id", "model", "texts", "pairs", "add_special_tokens", "truncate_tokens", "truncation_side", "return_offsets", "return_tokens", "max_tokens", "suffix", "no_answer")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     TEXTS_FIELD_NUMBER: _ClassVar[int]
@@ -103,6 +105,7 @@ class EncodeRequest(_message.Message):
     RETURN_TOKENS_FIELD_NUMBER: _ClassVar[int]
     MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
     SUFFIX_FIELD_NUMBER: _ClassVar[int]
+    NO_ANSWER_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     model: str
     texts: _containers.RepeatedScalarFieldContainer[str]
@@ -114,7 +117,8 @@ class EncodeRequest(_message.Message):
     return_tokens: bool
     max_tokens: int
     suffix: str
-    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., texts: _Optional[_Iterable[str]] = ..., pairs: _Optional[_Iterable[str]] = ..., add_special_tokens: _Optional[bool] = ..., truncate_tokens: _Optional[int] = ..., truncation_side: _Optional[_Union[TruncationSide, str]] = ..., return_offsets: _Optional[bool] = ..., return_tokens: _Optional[bool] = ..., max_tokens: _Optional[int] = ..., suffix: _Optional[str] = ...) -> None: ...
+    no_answer: bool
+    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., texts: _Optional[_Iterable[str]] = ..., pairs: _Optional[_Iterable[str]] = ..., add_special_tokens: _Optional[bool] = ..., truncate_tokens: _Optional[int] = ..., truncation_side: _Optional[_Union[TruncationSide, str]] = ..., return_offsets: _Optional[bool] = ..., return_tokens: _Optional[bool] = ..., max_tokens: _Optional[int] = ..., suffix: _Optional[str] = ..., no_answer: _Optional[bool] = ...) -> None: ...
 
 class EncodeResponse(_message.Message):
     __slots__ = ("encodings", "stop_token_ids")
@@ -179,7 +183,7 @@ class GetTokenizerInfoRequest(_message.Message):
     def __init__(self, model: _Optional[str] = ...) -> None: ...
 
 class TokenizerInfo(_message.Message):
-    __slots__ = ("api_version", "service_version", "model", "fingerprint", "vocab_size", "special_token_ids", "has_chat_template", "chat_template_source", "content_format", "supports_tools", "tool_parser", "reasoning_parser", "named_templates", "all_special_ids", "add_bos_token")
+    __slots__ = ("api_version", "service_version", "model", "fingerprint", "vocab_size", "special_token_ids", "has_chat_template", "chat_template_source", "content_format", "supports_tools", "tool_parser", "reasoning_parser", "named_templates", "all_special_ids", "add_bos_token", "prompts", "default_prompt_name")
     class SpecialTokenIdsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -187,6 +191,13 @@ class TokenizerInfo(_message.Message):
         key: str
         value: int
         def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    class PromptsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
     API_VERSION_FIELD_NUMBER: _ClassVar[int]
     SERVICE_VERSION_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
@@ -202,6 +213,8 @@ class TokenizerInfo(_message.Message):
     NAMED_TEMPLATES_FIELD_NUMBER: _ClassVar[int]
     ALL_SPECIAL_IDS_FIELD_NUMBER: _ClassVar[int]
     ADD_BOS_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    PROMPTS_FIELD_NUMBER: _ClassVar[int]
+    DEFAULT_PROMPT_NAME_FIELD_NUMBER: _ClassVar[int]
     api_version: str
     service_version: str
     model: str
@@ -217,7 +230,9 @@ class TokenizerInfo(_message.Message):
     named_templates: _containers.RepeatedScalarFieldContainer[str]
     all_special_ids: _containers.RepeatedScalarFieldContainer[int]
     add_bos_token: bool
-    def __init__(self, api_version: _Optional[str] = ..., service_version: _Optional[str] = ..., model: _Optional[str] = ..., fingerprint: _Optional[str] = ..., vocab_size: _Optional[int] = ..., special_token_ids: _Optional[_Mapping[str, int]] = ..., has_chat_template: _Optional[bool] = ..., chat_template_source: _Optional[str] = ..., content_format: _Optional[_Union[ContentFormat, str]] = ..., supports_tools: _Optional[bool] = ..., tool_parser: _Optional[str] = ..., reasoning_parser: _Optional[str] = ..., named_templates: _Optional[_Iterable[str]] = ..., all_special_ids: _Optional[_Iterable[int]] = ..., add_bos_token: _Optional[bool] = ...) -> None: ...
+    prompts: _containers.ScalarMap[str, str]
+    default_prompt_name: str
+    def __init__(self, api_version: _Optional[str] = ..., service_version: _Optional[str] = ..., model: _Optional[str] = ..., fingerprint: _Optional[str] = ..., vocab_size: _Optional[int] = ..., special_token_ids: _Optional[_Mapping[str, int]] = ..., has_chat_template: _Optional[bool] = ..., chat_template_source: _Optional[str] = ..., content_format: _Optional[_Union[ContentFormat, str]] = ..., supports_tools: _Optional[bool] = ..., tool_parser: _Optional[str] = ..., reasoning_parser: _Optional[str] = ..., named_templates: _Optional[_Iterable[str]] = ..., all_special_ids: _Optional[_Iterable[int]] = ..., add_bos_token: _Optional[bool] = ..., prompts: _Optional[_Mapping[str, str]] = ..., default_prompt_name: _Optional[str] = ...) -> None: ...
 
 class TokenizerCalls(_message.Message):
     __slots__ = ("calls", "cancels")

@@ -28,12 +28,14 @@ class ChatPrompt:
 
 @dataclass(frozen=True, slots=True)
 class ChatOptions:
-    """truncate: keep the last so many ids, None for all. max_tokens: 0 for any."""
+    """truncate: keep the last so many ids, None for all. max_tokens: 0 for any. no_answer: as in
+    EncodeOptions."""
 
     template: str | None = None
     add_special_tokens: bool = False
     truncate: int | None = None
     max_tokens: int = 0
+    no_answer: bool = False
 
 
 class ChatRenderer:
@@ -101,7 +103,7 @@ class ChatRenderer:
         if options.truncate is not None:
             ids = ids[-options.truncate :]
         if options.max_tokens and len(ids) > options.max_tokens:
-            raise too_long(len(ids), options.max_tokens, "messages")
+            raise too_long(len(ids), options.max_tokens, "messages", options.no_answer)
         found = self._hints.get(template) or self._read_hints(template)
         return ChatPrompt(ids, rendered.text, found, rendered.ends_in_reasoning, rendered.content_format)
 

@@ -178,6 +178,8 @@ class TokenizerServicer(tokenizer_pb2_grpc.TokenizerServicer):
                 named_templates=templates.names(),
                 all_special_ids=tokenizer.all_special_ids,
                 add_bos_token=tokenizer.adds_bos,
+                prompts=tokenizer.prompts,
+                default_prompt_name=tokenizer.default_prompt_name,
             )
 
     def _check_model(self, name: str) -> None:
@@ -215,6 +217,7 @@ def _options(request: tokenizer_pb2.RenderRequest) -> ChatOptions:
         add_special_tokens=request.add_special_tokens,
         truncate=truncate,
         max_tokens=request.max_tokens,
+        no_answer=request.no_answer,
     )
 
 
@@ -242,6 +245,7 @@ def _encode_options(request: tokenizer_pb2.EncodeRequest) -> EncodeOptions:
         truncate=truncate,
         keep_last=side == tokenizer_pb2.TRUNCATION_SIDE_LEFT,
         max_tokens=request.max_tokens,
+        no_answer=request.no_answer,
         offsets=request.return_offsets,
         tokens=request.return_tokens,
     )

@@ -27,7 +27,7 @@ Input: TypeAlias = str | tuple[str, str]
 @dataclass(frozen=True, slots=True)
 class EncodeOptions:
     """truncate: keep so many ids a row, None for all; keep_last: from the end, else from the start.
-    max_tokens: longest row that is answered, 0 for any."""
+    max_tokens: longest row that is answered, 0 for any. no_answer: nothing is generated from the rows."""
 
     add_special_tokens: bool = True
     truncate: int | None = None
@@ -35,6 +35,7 @@ class EncodeOptions:
     max_tokens: int = 0
     offsets: bool = False
     tokens: bool = False
+    no_answer: bool = False
 
 
 @dataclass(slots=True)
@@ -49,7 +50,7 @@ class Encoded:
 
 class LoadedTokenizer:
     """data: tokenizer.json as it is shipped to others. fingerprint: its SHA-256 in hex. vocab_size: ids are
-    below it, added tokens included. special_ids: by role ("bos"). special_tokens: texts by role."""
+    below it, added tokens included. special_ids: by role ("bos"). special_tokens: texts by role. prompts: by name."""
 
     def __init__(self, data: bytes, files: TokenizerFiles, source: str) -> None:
         """source: the file's name for error lines. Raises ModelFilesError."""
@@ -67,6 +68,7 @@ class LoadedTokenizer:
         self._holes = frozenset(range(self.vocab_size)).difference(ids)
         self._added = self._tokenizer.get_added_tokens_decoder()
         self.special_tokens = dict(files.special_tokens)
+        self.prompts, self.default_prompt_name = dict(files.prompts), files.default_prompt_name
         self.special_ids = {
             role: token
             for role, text in files.special_tokens.items()
@@ -112,7 +114,7 @@ class LoadedTokenizer:
         if options.truncate is not None and len(row) > options.truncate:
             row = self._truncated(given, options)
         if options.max_tokens and len(row) > options.max_tokens:
-            raise too_long(len(row), options.max_tokens, "prompt")
+            raise too_long(len(row), options.max_tokens, "prompt", options.no_answer)
         return _encoded(row, isinstance(given, tuple), options)
 
     def token_id(self, text: str) -> int | None:
@@ -198,8 +200,15 @@ def load(files: TokenizerFiles) -> LoadedTokenizer:
     return LoadedTokenizer(_converted(files), files, str(files.folder))
 
 
-def too_long(length: int, limit: int, param: str) -> ApiError:
-    """limit: the longest prompt, one less than the context."""
+def too_long(length: int, limit: int, param: str, no_answer: bool = False) -> ApiError:
+    """limit: the longest prompt, one less than the context, or with no_answer all of it."""
+    if no_answer:
+        return ApiError(
+            "context_length_exceeded",
+            f"This model's maximum input length is {limit} tokens, but the {param} resulted in {length} tokens. "
+            f"Please reduce the length of the {param}, or ask for truncation.",
+            param,
+        )
     return ApiError(
         "context_length_exceeded",
         f"This model's maximum context length is {limit + 1} tokens, of which at least one must be left for "
@@ -223,16 +232,13 @@ def _groups(inputs: list[Input]) -> Iterator[list[Input]]:
 
 
 def _shares(lengths: list[int], room: int) -> list[int]:
-    """How many tokens each side keeps: one at a time from whichever is longer."""
+    """How many tokens each side keeps: one at a time from whichever is longer; of an odd token too many the
+    longer side keeps it, of equal ones the second."""
     if len(lengths) == 1:
         return [room]
     first, second = lengths
-    half = room // 2
-    if first <= half:
-        return [first, room - first]
-    if second <= room - half:
-        return [room - second, second]
-    return [half, room - half]
+    shorter = min(first, second, room // 2)
+    return [room - shorter, shorter] if first > second else [shorter, room - shorter]
 
 
 def _encoded(row: tokenizers.Encoding, paired: bool, options: EncodeOptions) -> Encoded:

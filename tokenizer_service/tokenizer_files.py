@@ -21,7 +21,8 @@ class ModelFilesError(Exception):
 @dataclass(frozen=True, slots=True)
 class TokenizerFiles:
     """tokenizer_json: the file's bytes, None when the folder has none. special_tokens: text by role ("bos").
-    extra_tokens: further named tokens ("image_token" -> text). templates: chat templates by name."""
+    extra_tokens: further named tokens ("image_token" -> text). templates: chat templates by name. prompts: what
+    an embedding model wants in front of its inputs, by name."""
 
     folder: Path
     tokenizer_json: bytes | None
@@ -29,6 +30,8 @@ class TokenizerFiles:
     extra_tokens: dict[str, str]
     all_special: tuple[str, ...]
     templates: dict[str, str] = field(default_factory=dict)
+    prompts: dict[str, str] = field(default_factory=dict)
+    default_prompt_name: str = ""
 
 
 def read(folder: str) -> TokenizerFiles:
@@ -43,7 +46,9 @@ def read(folder: str) -> TokenizerFiles:
     listed = [text for item in _listed(named) if (text := _text(item)) is not None]
     everything = tuple(dict.fromkeys([*special.values(), *listed, *extra.values()]))
     templates = _templates(path, config)
-    return TokenizerFiles(path, _bytes(path / "tokenizer.json"), special, extra, everything, templates)
+    prompts, default_prompt = _prompts(path / "config_sentence_transformers.json")
+    data = _bytes(path / "tokenizer.json")
+    return TokenizerFiles(path, data, special, extra, everything, templates, prompts, default_prompt)
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -115,6 +120,18 @@ def _templates(folder: Path, config: dict[str, Any]) -> dict[str, str]:
     if files:
         found = {**found, **{name: read_template(path) for name, path in files.items()}}
     return found
+
+
+def _prompts(path: Path) -> tuple[dict[str, str], str]:
+    """The prompts of sentence-transformers by name, and the name of the default one."""
+    config = read_object(path)
+    prompts = config.get("prompts") or {}
+    default = config.get("default_prompt_name") or ""
+    if not isinstance(prompts, dict) or not all(isinstance(text, str) for text in prompts.values()):
+        raise ModelFilesError(f"{path}: prompts is no object of texts")
+    if default and default not in prompts:
+        raise ModelFilesError(f"{path}: default_prompt_name is none of the prompts")
+    return {str(name): text for name, text in prompts.items()}, str(default)
 
 
 def _named_templates(value: Any, path: Path) -> dict[str, str]:

@@ -312,3 +312,40 @@ def test_byte_fallback_and_bos_from_the_post_processor(tmp_path: Path) -> None:
     assert ours.adds_bos
     (row,) = ours.encode(["é"], [], EncodeOptions())
     assert ours.decode([row.ids], True, True)[0].strip() == "é"
+
+
+@pytest.mark.parametrize("limit", [5, 6, 9, 10, 21])
+def test_truncated_pairs_equal_transformers(
+    tokenizer: LoadedTokenizer, chat_folder: Path, limit: int
+) -> None:
+    """As a cross-encoder truncates: one token at a time from the longer side, the first tokens are kept."""
+    oracle = AutoTokenizer.from_pretrained(chat_folder, truncation_side="right")
+    words = ["one", "two words", "a b c d", "the quick brown fox jumps over", "word " * 30, "number " * 31]
+    firsts = [first for first in words for _ in words]
+    seconds = words * len(words)
+    theirs = oracle(
+        firsts, seconds, truncation="longest_first", max_length=limit, return_token_type_ids=True
+    )
+    rows = tokenizer.encode(firsts, seconds, EncodeOptions(truncate=limit, keep_last=False))
+    assert [row.ids for row in rows] == theirs["input_ids"]
+    assert [row.type_ids for row in rows] == theirs["token_type_ids"]
+
+
+def test_an_input_that_gets_no_answer_may_fill_the_context(tokenizer: LoadedTokenizer) -> None:
+    count = len(tokenizer.encode(["Hello world"], [], EncodeOptions())[0].ids)
+    tokenizer.encode(["Hello world"], [], EncodeOptions(max_tokens=count, no_answer=True))
+    with pytest.raises(ApiError, match=rf"input length is {count - 1} tokens.*\b{count} tokens"):
+        tokenizer.encode(["Hello world"], [], EncodeOptions(max_tokens=count - 1, no_answer=True))
+
+
+def test_prompts_of_sentence_transformers(tmp_path: Path, chat_folder: Path) -> None:
+    (tmp_path / "tokenizer.json").write_bytes((chat_folder / "tokenizer.json").read_bytes())
+    config = tmp_path / "config_sentence_transformers.json"
+    assert (loaded(tmp_path).prompts, loaded(tmp_path).default_prompt_name) == ({}, "")
+    config.write_text('{"prompts": {"query": "find: ", "document": ""}, "default_prompt_name": "query"}')
+    assert loaded(tmp_path).prompts == {"query": "find: ", "document": ""}
+    assert loaded(tmp_path).default_prompt_name == "query"
+    for bad in ('{"prompts": ["a"]}', '{"prompts": {"a": 1}}', '{"default_prompt_name": "a"}'):
+        config.write_text(bad)
+        with pytest.raises(ModelFilesError, match="config_sentence_transformers"):
+            loaded(tmp_path)
