@@ -14,10 +14,17 @@ from typing import Any
 from starlette.middleware.cors import CORSMiddleware
 
 from penstock.frontend.api.chat import chat
+from penstock.frontend.api.classify import classify
+from penstock.frontend.api.cohere_embed import cohere_embed
 from penstock.frontend.api.completions import completions
+from penstock.frontend.api.embeddings import embeddings
 from penstock.frontend.api.health import livez, metrics, readyz, version
 from penstock.frontend.api.models import list_models, retrieve_model
+from penstock.frontend.api.moderations import moderations
 from penstock.frontend.api.openapi import openapi
+from penstock.frontend.api.pooling import pooling
+from penstock.frontend.api.rerank import rerank, rerank_v2
+from penstock.frontend.api.score import score
 from penstock.frontend.api.tokenize import detokenize, tokenize
 from penstock.frontend.auth import KeyRing
 from penstock.frontend.body import Receive
@@ -43,6 +50,14 @@ ROUTES = (
     Route("/models/*", Access.KEY, {"GET": retrieve_model}),
     Route("/completions", Access.KEY, {"POST": completions}),
     Route("/chat/completions", Access.KEY, {"POST": chat}),
+    Route("/embeddings", Access.KEY, {"POST": embeddings}),
+    Route("/score", Access.KEY, {"POST": score}),
+    Route("/rerank", Access.KEY, {"POST": rerank}),
+    Route("/v2/rerank", Access.KEY, {"POST": rerank_v2}),
+    Route("/v2/embed", Access.KEY, {"POST": cohere_embed}),
+    Route("/classify", Access.KEY, {"POST": classify}),
+    Route("/pooling", Access.KEY, {"POST": pooling}),
+    Route("/moderations", Access.KEY, {"POST": moderations}),
     Route("/tokenize", Access.KEY, {"POST": tokenize}),
     Route("/detokenize", Access.KEY, {"POST": detokenize}),
     Route("/openapi.json", Access.KEY, {"GET": openapi}),

@@ -69,6 +69,23 @@ class FrontendConfig(Config):
         description="how reasoning is set apart: auto by the model's template, none, a format's name, or "
         "tags:OPENING,CLOSING",
     )
+    score_format: Literal["list", "float"] = Field(
+        "list", description="how /v1/score gives a score: in an array, or bare"
+    )
+    score_template: tuple[str, ...] = Field(
+        (),
+        description="what a generating model is asked to rerank: qwen3-reranker or a YAML file, MODEL= in "
+        "front for one model",
+        json_schema_extra={"metavar": "[MODEL=]NAME-OR-FILE"},
+    )
+    moderation_map: str = Field(
+        "", description="file that maps a classifier's labels to the categories of /v1/moderations"
+    )
+    decode_openai_tokens: str = Field(
+        "",
+        description="read token arrays at /v1/embeddings as OpenAI's: cl100k_base (of an installed package) "
+        "or a .tiktoken file",
+    )
     log_level: LogLevel = Field("info", description="level of this service's log")
     log_format: Literal["text", "json"] = Field("text", description="log line format")
     uvicorn_log_level: LogLevel = Field("info", description="level of the HTTP server's and access log")

@@ -10,11 +10,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from penstock.frontend.metrics import FrontendMetrics
+from penstock.frontend.moderation import ModerationMap
+from penstock.frontend.score_template import ScoreTemplates
 from penstock.frontend.sse import SseStream, StreamLimits, WriteBatch
 from penstock.frontend.text.parsers import ParserNames
 from penstock.protos.errors import ApiError
 
 if TYPE_CHECKING:
+    from penstock.frontend.openai_tokens import OpenAITokens
     from penstock.frontend.peers import Peers
     from penstock.frontend.services import Services
 
@@ -25,7 +28,7 @@ QUIET_TICKS = 15
 
 
 class Answer(Protocol):
-    """A generation under way for one HTTP request."""
+    """An answer under way for one HTTP request."""
 
     def cut(self, error: ApiError) -> None:
         """Ends it with an error that the client sees."""
@@ -39,6 +42,10 @@ class Context:
     metrics: FrontendMetrics
     overrides: Mapping[str, Any] = field(default_factory=dict)
     parsers: ParserNames = field(default_factory=ParserNames)
+    score_templates: ScoreTemplates = field(default_factory=ScoreTemplates)
+    score_format: str = "list"
+    moderation: ModerationMap = field(default_factory=ModerationMap)
+    openai_tokens: OpenAITokens | None = None
     strict: bool = False
     strict_length: bool = False
     max_body_bytes: int = 32 << 20

@@ -1,4 +1,5 @@
-"""One engine replica: what it is, and the one stream that carries every request to it.
+"""One engine replica: what it is, the one stream that carries every request for tokens to it, and its calls
+that answer at once (Embed, Score).
 
 A single task reads step messages and dispatches them; a second one sends what requests queue. Knows slots and
 receivers, no text.
@@ -9,13 +10,14 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import grpc
 
 from penstock.frontend.connection import CALL_TIMEOUT_S, Backoff, Connection, State
 from penstock.frontend.dispatch import Dispatcher, Receiver
 from penstock.protos import engine_pb2, engine_pb2_grpc
-from penstock.protos.errors import ApiError
+from penstock.protos.errors import ApiError, from_rpc
 
 log = logging.getLogger("penstock.frontend.engines")
 
@@ -23,6 +25,8 @@ SERVICE = "penstock.v1.Engine"
 # Far below the message limit: a prompt of a million tokens has at most 5 MB.
 _MAX_BATCH_BYTES = 8 * 1024 * 1024
 _MAX_SLOT = 2**32 - 1
+# For calls without a deadline. An engine that no longer answers is found out by its health long before.
+_CALL_LIMIT_S = 3600.0
 
 
 class EngineConnection(Connection):
@@ -38,6 +42,7 @@ class EngineConnection(Connection):
         self._dispatcher = Dispatcher()
         self._outbox = _Outbox()
         self._next_slot = 0
+        self._num_calls = 0
         self._may_connect = asyncio.Event()
         self._connected = False
         self._last_event = 0.0
@@ -65,12 +70,12 @@ class EngineConnection(Connection):
 
     @property
     def busy(self) -> bool:
-        return bool(self._dispatcher.live)
+        return bool(self.num_live)
 
     @property
     def num_live(self) -> int:
         """Requests of this frontend there now."""
-        return len(self._dispatcher.live)
+        return len(self._dispatcher.live) + self._num_calls
 
     # ----------------------------------------------------------------------------------- requests
 
@@ -98,6 +103,35 @@ class EngineConnection(Connection):
     def end_choice(self, slot: int, choice: int) -> None:
         """One choice of a request that goes on is wanted no more; its finish still comes."""
         self._outbox.end_choice(slot, choice)
+
+    async def embed(
+        self, request: engine_pb2.EmbedRequest, timeout_s: float | None
+    ) -> engine_pb2.EmbedResponse:
+        """Raises ApiError. Cancelled here, it is cancelled there."""
+        return await self._call(self._stub.Embed, request, timeout_s)
+
+    async def score(
+        self, request: engine_pb2.ScoreRequest, timeout_s: float | None
+    ) -> engine_pb2.ScoreResponse:
+        """As `embed`."""
+        return await self._call(self._stub.Score, request, timeout_s)
+
+    async def _call(self, rpc: Callable[..., Any], request: Any, timeout_s: float | None) -> Any:
+        self._num_calls += 1
+        self.touch()
+        try:
+            return await rpc(request, timeout=_CALL_LIMIT_S if timeout_s is None else timeout_s)
+        except grpc.RpcError as error:
+            raise from_rpc(error) from None
+        except grpc.aio.UsageError:  # the channel was closed before the call
+            raise _lost() from None
+        except asyncio.CancelledError:
+            # gRPC raises it too, in calls of a channel that is closed meanwhile.
+            if asyncio.current_task().cancelling():  # type: ignore[union-attr]
+                raise
+            raise _lost() from None
+        finally:
+            self._num_calls -= 1
 
     # ------------------------------------------------------------------------------------- health
 
@@ -173,12 +207,13 @@ class EngineConnection(Connection):
 
     async def _watch_silence(self, call: grpc.aio.StreamStreamCall) -> None:
         interval_s = min(1.0, self._silence_seconds / 8)
+        live = self._dispatcher.live
         while True:
-            if not self.num_live:
+            if not live:
                 self._has_live.clear()
                 await self._has_live.wait()
             await asyncio.sleep(interval_s)
-            if not self.num_live or self._silent_for() < self._silence_seconds / 2:
+            if not live or self._silent_for() < self._silence_seconds / 2:
                 self._quiet_steps = None
             elif await self._makes_steps(interval_s):
                 self._last_event = self._loop.time()
@@ -204,9 +239,11 @@ class EngineConnection(Connection):
 
     def _lose_all(self) -> None:
         self._outbox.clear()
-        self._dispatcher.fail_all(
-            ApiError("engine_lost", "The engine was lost while it served the request."), retryable=True
-        )
+        self._dispatcher.fail_all(_lost(), retryable=True)
+
+
+def _lost() -> ApiError:
+    return ApiError("engine_lost", "The engine was lost while it served the request.")
 
 
 class _Outbox:

@@ -112,6 +112,30 @@ def in_api_names(error: ApiError, prompt_param: str, constraint_param: str | Non
     return error
 
 
+# What the tokenizer and the engine call the inputs of Embed and Score.
+_INPUTS = frozenset(
+    (
+        "prompt",
+        "prompt_ids",
+        "texts",
+        "pairs",
+        "inputs",
+        "token_ids",
+        "token_type_ids",
+        "prompts",
+        "documents",
+    )
+)
+
+
+def in_input_names(error: ApiError, input_param: str) -> ApiError:
+    """A service's error, its param as callers know it. input_param: the endpoint's name of its inputs."""
+    if error.param is not None:
+        name = re.sub(r"\[\d+\]", "", error.param).rpartition(".")[2]
+        error.param = input_param if name in _INPUTS else name
+    return error
+
+
 def wrong_type(name: str, expected: str) -> ApiError:
     return ApiError("invalid_type", f"'{name}' must be {expected}.", name)
 

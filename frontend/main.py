@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 
-from penstock.frontend import workers
+from penstock.frontend import openai_tokens, workers
 from penstock.frontend.app import Application
 from penstock.frontend.auth import KeyRing
 from penstock.frontend.config import FrontendConfig, parse_override
@@ -14,7 +14,9 @@ from penstock.frontend.context import QUIET_TICKS, Context
 from penstock.frontend.http_protocol import HttpLimits
 from penstock.frontend.http_server import HttpServer
 from penstock.frontend.metrics import FrontendMetrics
+from penstock.frontend.moderation import read_map
 from penstock.frontend.peers import Peers
+from penstock.frontend.score_template import ScoreTemplates
 from penstock.frontend.services import Services
 from penstock.frontend.sse import StreamLimits
 from penstock.frontend.text.parsers import ParserNames
@@ -82,6 +84,10 @@ class Frontend:
             metrics=FrontendMetrics(config.vllm_metrics),
             overrides=parse_override(config.override_generation_config),
             parsers=ParserNames(config.tool_call_parser, config.reasoning_parser),
+            score_templates=ScoreTemplates(config.score_template),
+            score_format=config.score_format,
+            moderation=read_map(config.moderation_map),
+            openai_tokens=openai_tokens.load(config.decode_openai_tokens),
             strict=config.strict,
             strict_length=config.strict_length,
             max_body_bytes=config.max_body_bytes,

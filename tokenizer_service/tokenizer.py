@@ -50,7 +50,8 @@ class Encoded:
 
 class LoadedTokenizer:
     """data: tokenizer.json as it is shipped to others. fingerprint: its SHA-256 in hex. vocab_size: ids are
-    below it, added tokens included. special_ids: by role ("bos"). special_tokens: texts by role. prompts: by name."""
+    below it, added tokens included. special_ids: by role ("bos"). special_tokens: texts by role. prompts: by
+    name."""
 
     def __init__(self, data: bytes, files: TokenizerFiles, source: str) -> None:
         """source: the file's name for error lines. Raises ModelFilesError."""
@@ -205,8 +206,8 @@ def too_long(length: int, limit: int, param: str, no_answer: bool = False) -> Ap
     if no_answer:
         return ApiError(
             "context_length_exceeded",
-            f"This model's maximum input length is {limit} tokens, but the {param} resulted in {length} tokens. "
-            f"Please reduce the length of the {param}, or ask for truncation.",
+            f"This model's maximum input length is {limit} tokens, but the {param} resulted in {length} "
+            f"tokens. Please reduce the length of the {param}, or ask for truncation.",
             param,
         )
     return ApiError(

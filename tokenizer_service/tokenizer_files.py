@@ -21,8 +21,8 @@ class ModelFilesError(Exception):
 @dataclass(frozen=True, slots=True)
 class TokenizerFiles:
     """tokenizer_json: the file's bytes, None when the folder has none. special_tokens: text by role ("bos").
-    extra_tokens: further named tokens ("image_token" -> text). templates: chat templates by name. prompts: what
-    an embedding model wants in front of its inputs, by name."""
+    extra_tokens: further named tokens ("image_token" -> text). templates: chat templates by name. prompts:
+    what an embedding model wants in front of its inputs, by name."""
 
     folder: Path
     tokenizer_json: bytes | None

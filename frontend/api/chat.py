@@ -20,6 +20,7 @@ from penstock.frontend.api.tool_use import ToolUse
 from penstock.frontend.context import Context
 from penstock.frontend.exchange import Exchange
 from penstock.frontend.prompts import render_chat
+from penstock.frontend.tasks import GENERATE, model_for
 from penstock.frontend.tokenizer_client import ModelTokenizer
 from penstock.protos.errors import ApiError
 
@@ -37,7 +38,7 @@ async def chat(exchange: Exchange, context: Context) -> None:
 async def _plan(
     exchange: Exchange, context: Context, request: ChatRequest, raw_messages: object
 ) -> tuple[Plan, Reading | None]:
-    model = context.services.resolve(request.model)
+    model = model_for(context.services, request.model, GENERATE)
     tokenizer = context.services.tokenizer_for(model)
     use = request.tool_use()
     _check_template(tokenizer, request, use)

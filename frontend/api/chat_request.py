@@ -137,9 +137,14 @@ class ChatRequest(GenerationRequest):
                 "continue_final_message",
             )
         self.tool_use()
-        if isinstance(self.messages, list):
-            for index, message in enumerate(self.messages):
-                _check_message(message, f"messages[{index}]")
+        check_messages(self.messages)
+
+
+def check_messages(messages: str | list[Message]) -> None:
+    """Raises ApiError: a message without content, parts that are no text."""
+    if isinstance(messages, list):
+        for index, message in enumerate(messages):
+            _check_message(message, f"messages[{index}]")
 
 
 def messages_json(raw_messages: Any) -> bytes:

@@ -14,6 +14,7 @@ from penstock.frontend.api.plan import Plan, make_plan, timeout_of
 from penstock.frontend.context import Context
 from penstock.frontend.exchange import Exchange
 from penstock.frontend.prompts import encode_gaps, encode_prompts
+from penstock.frontend.tasks import GENERATE, model_for
 
 
 async def completions(exchange: Exchange, context: Context) -> None:
@@ -27,7 +28,7 @@ async def completions(exchange: Exchange, context: Context) -> None:
 
 
 async def _plan(exchange: Exchange, context: Context, request: CompletionRequest) -> Plan:
-    model = context.services.resolve(request.model)
+    model = model_for(context.services, request.model, GENERATE)
     tokenizer = context.services.tokenizer_for(model)
     left = timeout_of(exchange)
     stop_token_ids: list[int] = []

@@ -12,9 +12,11 @@ from penstock.protos.errors import ApiError
 
 MAX_PROMPTS = 1024
 DEFAULT_MAX_TOKENS = 16
+SHAPES = "must be a string, an array of strings, token ids, or an array of such arrays"
 
 
-def _shape(value: Any) -> str | None:
+def prompt_shape(value: Any) -> str | None:
+    """The tag of a text, texts, ids or lists of ids."""
     if isinstance(value, str):
         return "~text"
     if not isinstance(value, list):
@@ -30,9 +32,9 @@ Prompt = Annotated[
     | Annotated[Ids, Tag("~ids")]
     | Annotated[list[Ids], Field(min_length=1, max_length=MAX_PROMPTS), Tag("~id_lists")],
     Discriminator(
-        _shape,
+        prompt_shape,
         custom_error_type="invalid_type",
-        custom_error_message="must be a string, an array of strings, token ids, or an array of such arrays",
+        custom_error_message=SHAPES,
     ),
 ]
 

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from penstock.frontend.accounting import Accounting
 from penstock.frontend.api.answer import Frames, StreamAnswer, WholeAnswer
 from penstock.frontend.api.constraint import constrained
-from penstock.frontend.api.generation_request import GenerationRequest, ignored_header, refuse_unserved
+from penstock.frontend.api.generation_request import ApiRequest, ignored_header, refuse_unserved
 from penstock.frontend.api.identity import Identity
 from penstock.frontend.api.plan import Plan, remaining
 from penstock.frontend.api.ranking import num_candidates
@@ -28,7 +28,7 @@ from penstock.protos.errors import ApiError
 
 # Engine requests of one HTTP request at a time: a long list of prompts must not fill the engine's queue.
 MAX_IN_FLIGHT = 64
-R = TypeVar("R", bound=GenerationRequest)
+R = TypeVar("R", bound=ApiRequest)
 Body = Callable[[Identity, WholeAnswer], dict[str, Any]]
 
 

@@ -54,13 +54,33 @@ class StrictModel(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow", protected_namespaces=())
 
 
+class ApiRequest(StrictModel):
+    """What every request has that a model answers."""
+
+    model: str | None = Field(None, max_length=1024, description="a served model; the only one by default")
+    priority: int | None = Field(None, ge=-_INT32 - 1, le=_INT32, description="lower runs first")
+    request_id: str | None = Field(None, min_length=1, max_length=128, pattern=r"^[!-~]+$")
+    # Known to clients of the OpenAI API, without an effect on what is computed here.
+    user: str | None = None
+    metadata: dict[str, Any] | None = None
+
+    # Fields of features not served, with what counts as leaving them out.
+    unserved: ClassVar[dict[str, Callable[[Any], bool]]] = {}
+
+    def ignored(self) -> list[str]:
+        """Names of fields that nothing reads."""
+        return [name for name in self.model_extra or {} if name not in self.unserved]
+
+    def check(self) -> None:
+        """Rules over several fields. Raises ApiError naming one of them."""
+
+
 class StreamOptions(StrictModel):
     include_usage: bool | None = Field(None, description="a last chunk with the usage")
     continuous_usage_stats: bool | None = Field(None, description="the usage so far on every chunk")
 
 
-class GenerationRequest(StrictModel):
-    model: str | None = Field(None, max_length=1024, description="a served model; the only one by default")
+class GenerationRequest(ApiRequest):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: int | None = Field(None, ge=1, le=MAX_CHOICES)
@@ -87,11 +107,9 @@ class GenerationRequest(StrictModel):
     spaces_between_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
     truncate_prompt_tokens: int | None = Field(None, ge=1, le=_INT32, description="keep the last so many")
-    priority: int | None = Field(None, ge=-_INT32 - 1, le=_INT32, description="lower runs first")
     cache_salt: str | None = Field(
         None, pattern=r"^[!-.0-?A-\[\]-~]{1,128}$", description="only equal salts share cached prefixes"
     )
-    request_id: str | None = Field(None, min_length=1, max_length=128, pattern=r"^[!-~]+$")
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = Field(None, description="token_id:N in log-probabilities")
     logprob_token_ids: list[TokenId] | None = Field(
@@ -114,18 +132,13 @@ class GenerationRequest(StrictModel):
     guided_json_object: bool | None = None
     guided_whitespace_pattern: Whitespace | None = Field(None, description="between the parts of JSON")
     guided_decoding_backend: str | None = Field(None, max_length=64, description="no effect")
-    # Known to clients of the OpenAI API, without an effect on what is generated here.
-    user: str | None = None
-    metadata: dict[str, Any] | None = None
+    # As user and metadata above.
     store: bool | None = None
     service_tier: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
     prompt_cache_retention: str | None = None
     verbosity: str | None = None
-
-    # Fields of features not served, with what counts as leaving them out.
-    unserved: ClassVar[dict[str, Callable[[Any], bool]]] = {}
 
     @field_validator("temperature")
     @classmethod
@@ -159,8 +172,7 @@ class GenerationRequest(StrictModel):
         return self.max_tokens
 
     def ignored(self) -> list[str]:
-        """Names of fields that nothing reads."""
-        names = [name for name in self.model_extra or {} if name not in self.unserved]
+        names = super().ignored()
         if self.stream_options is not None:
             names += [f"stream_options.{name}" for name in self.stream_options.model_extra or {}]
         for part in ("response_format", "structured_outputs"):
@@ -169,7 +181,7 @@ class GenerationRequest(StrictModel):
         return names
 
     def check(self) -> None:
-        """Rules over several fields. Raises ApiError naming one of them."""
+        super().check()
         if self.stream_options is not None and not self.stream:
             raise ApiError(
                 "invalid_value", "'stream_options' is only allowed with 'stream': true.", "stream_options"

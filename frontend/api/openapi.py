@@ -11,7 +11,14 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from penstock.frontend.api.chat_request import ChatRequest
+from penstock.frontend.api.classify import ClassifyRequest
+from penstock.frontend.api.cohere_embed import CohereEmbedRequest
 from penstock.frontend.api.completions_request import CompletionRequest
+from penstock.frontend.api.embeddings import EmbeddingsRequest
+from penstock.frontend.api.moderations import ModerationRequest
+from penstock.frontend.api.pooling import PoolingRequest
+from penstock.frontend.api.rerank import RerankRequest
+from penstock.frontend.api.score import ScoreRequest
 from penstock.frontend.api.tokenize import DetokenizeRequest, TokenizeRequest
 from penstock.frontend.context import Context
 from penstock.frontend.exchange import Exchange
@@ -20,6 +27,14 @@ from penstock.protos.errors import KINDS
 _POSTS: dict[str, tuple[type[BaseModel], str]] = {
     "/v1/chat/completions": (ChatRequest, "Answer a conversation"),
     "/v1/completions": (CompletionRequest, "Continue one or more prompts"),
+    "/v1/embeddings": (EmbeddingsRequest, "Vectors of texts"),
+    "/v1/score": (ScoreRequest, "Scores of pairs of texts"),
+    "/v1/rerank": (RerankRequest, "Documents by their relevance to a query"),
+    "/v2/rerank": (RerankRequest, "The same, as Cohere has it"),
+    "/v2/embed": (CohereEmbedRequest, "Vectors of texts, as Cohere has it"),
+    "/classify": (ClassifyRequest, "Classes of texts"),
+    "/pooling": (PoolingRequest, "Vectors of tokens"),
+    "/v1/moderations": (ModerationRequest, "Whether texts are harmful"),
     "/tokenize": (TokenizeRequest, "Token ids of a prompt or of messages"),
     "/detokenize": (DetokenizeRequest, "Text of token ids"),
 }
@@ -48,7 +63,8 @@ def _document() -> bytes:
 def describe() -> dict[str, Any]:
     """The OpenAPI 3.1 document."""
     _, schemas = models_json_schema(
-        [(model, "validation") for model, _ in _POSTS.values()], ref_template="#/components/schemas/{model}"
+        [(model, "validation") for model in dict.fromkeys(model for model, _ in _POSTS.values())],
+        ref_template="#/components/schemas/{model}",
     )
     paths: dict[str, Any] = {path: {"get": _get(path, text)} for path, text in _GETS.items()}
     for path, (model, text) in _POSTS.items():

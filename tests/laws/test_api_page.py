@@ -7,7 +7,15 @@ from pathlib import Path
 import pytest
 
 from penstock.frontend.api.chat_request import ChatRequest
+from penstock.frontend.api.classify import ClassifyRequest
+from penstock.frontend.api.cohere_embed import CohereEmbedRequest
 from penstock.frontend.api.completions_request import CompletionRequest
+from penstock.frontend.api.embeddings import EmbeddingsRequest
+from penstock.frontend.api.generation_request import ApiRequest
+from penstock.frontend.api.moderations import ModerationRequest
+from penstock.frontend.api.pooling import PoolingRequest
+from penstock.frontend.api.rerank import RerankRequest
+from penstock.frontend.api.score import ScoreRequest
 from penstock.protos.errors import KINDS
 
 PAGE = (Path(__file__).parents[2] / "docs/api.md").read_text()
@@ -15,8 +23,21 @@ PAGE = (Path(__file__).parents[2] / "docs/api.md").read_text()
 UNSEEN = {"client_disconnected", "unimplemented", "rate_limited"}
 
 
-@pytest.mark.parametrize("model", [ChatRequest, CompletionRequest])
-def test_every_field_is_on_the_page(model: type[ChatRequest] | type[CompletionRequest]) -> None:
+REQUESTS = [
+    ChatRequest,
+    CompletionRequest,
+    EmbeddingsRequest,
+    CohereEmbedRequest,
+    ScoreRequest,
+    RerankRequest,
+    ClassifyRequest,
+    PoolingRequest,
+    ModerationRequest,
+]
+
+
+@pytest.mark.parametrize("model", REQUESTS)
+def test_every_field_is_on_the_page(model: type[ApiRequest]) -> None:
     names = {*model.model_fields, *model.unserved}
     assert not [name for name in sorted(names) if f"`{name}`" not in PAGE]
 

@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import hashlib
 import math
+import struct
 from collections.abc import AsyncIterator, Callable, Sequence
 
 import grpc
@@ -76,7 +77,9 @@ class FakeEngine(engine_pb2_grpc.EngineServicer):
     script: request -> Script; default: tokens by `tokens_for`, up to max_new_tokens (16 without one).
     requests: every request accepted or refused. aborted: ids of requests whose slot was aborted or whose
     stream was lost. running: an event; cleared, no step is made. accepting: the same for answers to slot
-    starts. steps: what GetLoad says, growing by hidden_steps each time it is asked.
+    starts. steps: what GetLoad says, growing by hidden_steps each time it is asked. calls: the requests of
+    Embed and Score; call_error: raised by them; answering: an event; cleared, they hang; cancelled: how many
+    were cancelled; nan: what they give is no number.
     """
 
     def __init__(
@@ -91,7 +94,10 @@ class FakeEngine(engine_pb2_grpc.EngineServicer):
         max_model_len: int = 4096,
         vocab_size: int = 1000,
         instance_id: str = "",
+        tasks: Sequence[str] = ("generate",),
+        **pooled: object,
     ) -> None:
+        """pooled: further fields of EngineInfo."""
         self.address = address
         self.info = engine_pb2.EngineInfo(
             api_version="penstock.v1",
@@ -100,7 +106,7 @@ class FakeEngine(engine_pb2_grpc.EngineServicer):
             model=model,
             aliases=aliases,
             architectures=["FakeForCausalLM"],
-            tasks=["generate"],
+            tasks=tasks,
             max_model_len=max_model_len,
             vocab_size=vocab_size,
             eos_token_ids=eos_token_ids,
@@ -115,6 +121,7 @@ class FakeEngine(engine_pb2_grpc.EngineServicer):
             kv_blocks=1024,
             created_unix_s=1_700_000_000,
             root=model,
+            **pooled,  # type: ignore[arg-type]
         )
         self.alphabet = list(alphabet)
         self.script: Callable[[engine_pb2.GenerateRequest], Script] = self.default_script
@@ -131,6 +138,12 @@ class FakeEngine(engine_pb2_grpc.EngineServicer):
         self.accepting = asyncio.Event()
         self.accepting.set()
         self.num_live = 0
+        self.calls: list[engine_pb2.EmbedRequest | engine_pb2.ScoreRequest] = []
+        self.call_error: ApiError | None = None
+        self.answering = asyncio.Event()
+        self.answering.set()
+        self.cancelled = 0
+        self.nan = False
         self.num_streams = 0
         self._changed = asyncio.Event()
         self._break: asyncio.Event = asyncio.Event()
@@ -208,6 +221,64 @@ class FakeEngine(engine_pb2_grpc.EngineServicer):
         return engine_pb2.EngineLoad(
             state=self.state, running=self.num_live, open_streams=self.num_live, steps=self.steps
         )
+
+    async def Embed(
+        self, request: engine_pb2.EmbedRequest, context: grpc.aio.ServicerContext
+    ) -> engine_pb2.EmbedResponse:
+        await self._take(request)
+        size = request.dimensions or self.info.embedding_dimensions
+        response = engine_pb2.EmbedResponse()
+        for item in request.inputs:
+            ids = list(item.token_ids)
+            if request.pooling == engine_pb2.POOLING_TYPE_ALL:
+                rows = [fake_vector([token_id], size) for token_id in ids]
+            else:
+                rows = [fake_vector(ids, size)]
+            values = [math.nan if self.nan else value for row in rows for value in row]
+            vector = struct.pack(f"<{len(values)}f", *values)
+            response.embeddings.add(vector=vector, dimensions=size, rows=len(rows), prompt_tokens=len(ids))
+        return response
+
+    async def Score(
+        self, request: engine_pb2.ScoreRequest, context: grpc.aio.ServicerContext
+    ) -> engine_pb2.ScoreResponse:
+        await self._take(request)
+        response = engine_pb2.ScoreResponse(labels=self.info.labels)
+        for values in self._scores(request):
+            response.rows.add(values=[math.nan if self.nan else value for value in values])
+        return response
+
+    def _scores(self, request: engine_pb2.ScoreRequest) -> list[list[float]]:
+        match request.WhichOneof("task"):
+            case "pairs":
+                return [[fake_score(item.token_ids)] for item in request.pairs.inputs]
+            case "labels":
+                scores = [fake_score(prompt.ids) for prompt in request.labels.prompts]
+                return [[score, 1 - score] for score in scores]
+            case "classify":
+                count = len(self.info.labels)
+                return [
+                    [fake_score([*item.token_ids, label]) for label in range(count)]
+                    for item in request.classify.inputs
+                ]
+            case "similarity":
+                size = self.info.embedding_dimensions
+                query = fake_vector(request.similarity.query.token_ids, size)
+                found = [fake_vector(item.token_ids, size) for item in request.similarity.documents]
+                return [[sum(a * b for a, b in zip(query, one, strict=True))] for one in found]
+        raise ApiError("unimplemented", "no such task")
+
+    async def _take(self, request: engine_pb2.EmbedRequest | engine_pb2.ScoreRequest) -> None:
+        self.calls.append(request)
+        self.changed()
+        try:
+            await self.answering.wait()
+        except asyncio.CancelledError:
+            self.cancelled += 1
+            self.changed()
+            raise
+        if self.call_error is not None:
+            raise self.call_error
 
     async def Multiplex(
         self, requests: AsyncIterator[engine_pb2.MultiplexRequest], context: grpc.aio.ServicerContext
@@ -353,6 +424,19 @@ class _Stream:
     def _end(self, slot: _Slot) -> None:
         del self.slots[slot.number]
         self.engine.num_live -= 1
+
+
+def fake_vector(ids: Sequence[int], size: int) -> list[float]:
+    """The fake engine's vector of an input: of length 1, and a function of the ids alone."""
+    seed = repr(list(ids)).encode()
+    values = [hashlib.sha256(seed + b"%d" % place).digest()[0] - 127.5 for place in range(size)]
+    length = math.sqrt(sum(value * value for value in values))
+    return [value / length for value in values]
+
+
+def fake_score(ids: Sequence[int]) -> float:
+    """The fake engine's score of an input, from 0 to 1."""
+    return hashlib.sha256(repr(list(ids)).encode()).digest()[0] / 256
 
 
 def fake_row(token_id: int, alternatives: int) -> tuple[float, int, list[int], list[float]]:

@@ -53,7 +53,8 @@ def render_chat(messages: Sequence[dict[str, object]], generation_prompt: bool =
 
 class FakeTokenizer(tokenizer_pb2_grpc.TokenizerServicer):
     """One replica. error: raised by Render, Encode and Decode. answering: an event; cleared, these calls
-    hang. calls: names of the RPCs that came. renders: the requests of Render. tool_parser, reasoning_parser,
+    hang. calls: names of the RPCs that came. renders, encodes: the requests of Render and Encode. prompts,
+    default_prompt_name: of embedding models. tool_parser, reasoning_parser,
     ends_in_reasoning: what Render tells of the template. special: the tokenizer's special tokens."""
 
     def __init__(
@@ -65,6 +66,8 @@ class FakeTokenizer(tokenizer_pb2_grpc.TokenizerServicer):
         salt: str = "",
         special: Sequence[str] = SPECIAL,
         supports_tools: bool = True,
+        prompts: dict[str, str] | None = None,
+        default_prompt_name: str = "",
     ) -> None:
         """salt: changes the file, and thus the fingerprint, and nothing else."""
         self.address = address
@@ -80,6 +83,9 @@ class FakeTokenizer(tokenizer_pb2_grpc.TokenizerServicer):
         self.answering.set()
         self.calls: list[str] = []
         self.renders: list[tokenizer_pb2.RenderRequest] = []
+        self.encodes: list[tokenizer_pb2.EncodeRequest] = []
+        self.prompts = prompts or {}
+        self.default_prompt_name = default_prompt_name
         self.tool_parser = "hermes"
         self.reasoning_parser = ""
         self.ends_in_reasoning = False
@@ -141,14 +147,22 @@ class FakeTokenizer(tokenizer_pb2_grpc.TokenizerServicer):
                 response.encodings.append(tokenizer_pb2.Encoding(ids=ids))
             response.stop_token_ids.append(5)
             return response
-        for text in request.texts:
-            found = self.tokenizer.encode(text)
-            ids = found.ids
+        self.encodes.append(request)
+        for text, pair in zip(request.texts, request.pairs or [None] * len(request.texts), strict=True):
+            found = self.tokenizer.encode(text, pair)
             if request.HasField("truncate_tokens"):
-                ids = ids[-request.truncate_tokens :]
-            ids = self._limited(ids, request.max_tokens, "prompt")
-            tokens = found.tokens if request.return_tokens else []
-            response.encodings.append(tokenizer_pb2.Encoding(ids=ids, tokens=tokens))
+                first = request.truncation_side == tokenizer_pb2.TRUNCATION_SIDE_RIGHT
+                found.truncate(request.truncate_tokens, direction="right" if first else "left")
+            response.encodings.append(
+                tokenizer_pb2.Encoding(
+                    ids=self._limited(found.ids, request.max_tokens, "prompt"),
+                    token_type_ids=found.type_ids if request.pairs else [],
+                    tokens=found.tokens if request.return_tokens else [],
+                    offsets=[edge for span in found.offsets for edge in span]
+                    if request.return_offsets
+                    else [],
+                )
+            )
         return response
 
     async def Multiplex(
@@ -197,6 +211,8 @@ class FakeTokenizer(tokenizer_pb2_grpc.TokenizerServicer):
             chat_template_source="model" if self.has_chat_template else "none",
             all_special_ids=[self.tokenizer.token_to_id(text) for text in self.special],
             supports_tools=self.supports_tools,
+            prompts=self.prompts,
+            default_prompt_name=self.default_prompt_name,
         )
 
     def _limited(self, ids: list[int], limit: int, param: str) -> list[int]:

@@ -323,9 +323,7 @@ def test_truncated_pairs_equal_transformers(
     words = ["one", "two words", "a b c d", "the quick brown fox jumps over", "word " * 30, "number " * 31]
     firsts = [first for first in words for _ in words]
     seconds = words * len(words)
-    theirs = oracle(
-        firsts, seconds, truncation="longest_first", max_length=limit, return_token_type_ids=True
-    )
+    theirs = oracle(firsts, seconds, truncation="longest_first", max_length=limit, return_token_type_ids=True)
     rows = tokenizer.encode(firsts, seconds, EncodeOptions(truncate=limit, keep_last=False))
     assert [row.ids for row in rows] == theirs["input_ids"]
     assert [row.type_ids for row in rows] == theirs["token_type_ids"]
