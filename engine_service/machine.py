@@ -10,6 +10,7 @@ from pathlib import Path
 
 # Below this many cores nobody gets one of his own: half a machine is too much for the services.
 _CORES_TO_DIVIDE = 4
+_MAX_DEFAULT_CACHE = 4 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +53,12 @@ def available_memory() -> int:
     if limit.isdigit() and used.isdigit():
         free = min(free, max(0, int(limit) - int(used)))
     return free
+
+
+def default_cache_bytes(free: int, engines: int = 1) -> int:
+    """Bytes of a CPU's KV cache when nobody says how many: a quarter of what is free, divided among the
+    engines of the machine."""
+    return min(max(0, free) // 4 // engines, _MAX_DEFAULT_CACHE)
 
 
 def has_gpu() -> bool:

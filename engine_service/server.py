@@ -244,6 +244,8 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
             engine_restarts=totals.restarts,
             rejected=totals.rejected.total(),
             open_streams=self._client.num_live,
+            model=self._identity.model,
+            aliases=self._identity.aliases,
         )
 
 

@@ -45,10 +45,13 @@ class Mismatch:
 
 
 def pair(
-    engines: Iterable[engine_pb2.EngineInfo], tokenizers: Iterable[tokenizer_pb2.TokenizerInfo]
+    engines: Iterable[engine_pb2.EngineInfo],
+    tokenizers: Iterable[tokenizer_pb2.TokenizerInfo],
+    aliases: Mapping[str, str] | None = None,
 ) -> tuple[dict[str, Model], list[Mismatch]]:
     """Served models by name (ids and aliases), and the refused ones. The first engine that claims a name
-    keeps it; an id wins over an alias. Without any tokenizer nothing is served and nothing is a mismatch."""
+    keeps it; an id wins over the operator's `aliases` (name to id or alias), those over the engines' own.
+    Without any tokenizer nothing is served and nothing is a mismatch."""
     known = list(tokenizers)
     found: dict[str, Model] = {}
     mismatches: list[Mismatch] = []
@@ -73,7 +76,9 @@ def pair(
     for model in found.values():
         for alias in model.aliases:
             models.setdefault(alias, model)
-    return models, mismatches
+    wanted = (aliases or {}).items()
+    own = {name: models[to] for name, to in wanted if name not in found and to in models}
+    return models | own, mismatches
 
 
 def system_fingerprint(engine: engine_pb2.EngineInfo, tokenizer: tokenizer_pb2.TokenizerInfo) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from pydantic import Field, field_validator
@@ -41,6 +42,11 @@ class FrontendConfig(Config):
     )
     tokenizer: tuple[str, ...] = Field(
         (), description="a tokenizer's gRPC target", json_schema_extra={"env": ["PENSTOCK_TOKENIZERS"]}
+    )
+    model_alias: tuple[str, ...] = Field(
+        (),
+        description="a further name of a model, as NAME=MODEL; answers name the model itself",
+        json_schema_extra={"metavar": "NAME=MODEL"},
     )
     api_key: tuple[str, ...] = Field(
         (),
@@ -109,6 +115,17 @@ class FrontendConfig(Config):
         host = f"[{self.host}]" if ":" in self.host else self.host
         return self.listen or (f"{host}:{self.port}",)
 
+    @property
+    def aliases(self) -> dict[str, str]:
+        """Names that the operator gives models, to what they stand for."""
+        return parse_aliases(self.model_alias)
+
+    @field_validator("model_alias")
+    @classmethod
+    def _clear_aliases(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        parse_aliases(value)
+        return value
+
     @field_validator("root_path")
     @classmethod
     def _clean_prefix(cls, value: str) -> str:
@@ -130,6 +147,18 @@ class FrontendConfig(Config):
     def _valid_override(cls, value: str) -> str:
         parse_override(value)
         return value
+
+
+def parse_aliases(words: Sequence[str]) -> dict[str, str]:
+    """Name to model of each NAME=MODEL. Raises ValueError for another form, and for a name given twice."""
+    aliases: dict[str, str] = {}
+    for word in words:
+        name, _, model = (part.strip() for part in word.partition("="))
+        if not name or not model:
+            raise ValueError(f"{word[:80]!r} is not of the form NAME=MODEL")
+        if aliases.setdefault(name, model) != model:
+            raise ValueError(f"{name[:80]!r} cannot stand for two models")
+    return aliases
 
 
 def parse_override(text: str) -> dict[str, Any]:

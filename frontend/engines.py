@@ -30,13 +30,15 @@ _CALL_LIMIT_S = 3600.0
 
 
 class EngineConnection(Connection):
-    """`info` is what the engine last said of itself; None before its first word."""
+    """`info` is what the engine last said of itself; None before its model was loaded for the first time.
+    Of an engine that still loads only `promised` is known: the id and the aliases of its model."""
 
     def __init__(self, address: str, on_change: Callable[[], None], silence_seconds: float) -> None:
         super().__init__(address, SERVICE, on_change)
         self._stub = engine_pb2_grpc.EngineStub(self._channel)
         self._silence_seconds = silence_seconds
         self.info: engine_pb2.EngineInfo | None = None
+        self.promised: tuple[str, ...] = ()
         self.load_state = engine_pb2.SERVING_STATE_UNSPECIFIED
         self.retired = False  # its address is gone: finishes what it has, gets nothing new
         self._dispatcher = Dispatcher()
@@ -149,6 +151,8 @@ class EngineConnection(Connection):
     async def _on_not_serving(self) -> None:
         load = await self._stub.GetLoad(engine_pb2.GetLoadRequest(), timeout=CALL_TIMEOUT_S)
         self.load_state = load.state
+        if load.model:
+            self.promised = (load.model, *load.aliases)
 
     # ------------------------------------------------------------------------------------- stream
 

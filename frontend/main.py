@@ -78,7 +78,9 @@ class Frontend:
             keys = KeyRing(config.api_key, config.api_key_file)
         except OSError as error:
             raise ValueError(f"--api-key-file cannot be read: {error.strerror}") from error
-        self.services = Services(config.engine, config.tokenizer, silence_seconds=config.silence_seconds)
+        self.services = Services(
+            config.engine, config.tokenizer, aliases=config.aliases, silence_seconds=config.silence_seconds
+        )
         self.context = Context(
             services=self.services,
             metrics=FrontendMetrics(config.vllm_metrics),

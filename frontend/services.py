@@ -11,8 +11,8 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Callable, Coroutine, Sequence
-from typing import Any
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from typing import Any, NoReturn
 
 from penstock.frontend.catalog import Mismatch, Model, listed, pair
 from penstock.frontend.connection import CALL_TIMEOUT_S, State
@@ -27,6 +27,8 @@ from penstock.protos.errors import ApiError
 log = logging.getLogger("penstock.frontend.services")
 
 _IDLE_CHECK_S = 0.5
+# Not asked yet, or loading by its own word.
+_LOADING = (engine_pb2.SERVING_STATE_UNSPECIFIED, engine_pb2.SERVING_STATE_LOADING)
 
 
 class Services:
@@ -38,11 +40,14 @@ class Services:
         engine_targets: Sequence[str],
         tokenizer_targets: Sequence[str],
         *,
+        aliases: Mapping[str, str] | None = None,
         silence_seconds: float = 120.0,
         tokenizer_timeout_s: float = 10.0,
         resolve_interval_s: float = 3.0,
     ) -> None:
-        """targets: "unix:...", "dns:///host:port" or "host:port". Raises ValueError for a malformed one."""
+        """targets: "unix:...", "dns:///host:port" or "host:port". aliases: further names of models. Raises
+        ValueError for a malformed target."""
+        self._aliases = dict(aliases or {})
         self._silence_seconds = silence_seconds
         self._tokenizer_timeout_s = tokenizer_timeout_s
         self._engines: dict[str, EngineConnection] = {}
@@ -55,6 +60,7 @@ class Services:
         self._budget = RetryBudget(time.monotonic)
         self._models: dict[str, Model] = {}
         self._mismatches: list[Mismatch] = []
+        self._started = False  # every engine that was there at the start has loaded its model
         self._changed = asyncio.Event()
         self._stopping = False
         self._draining = False
@@ -112,16 +118,29 @@ class Services:
         return sum(engine.num_live for engine in self._engines.values())
 
     def unready(self) -> ApiError | None:
-        """Why no request can be served now; None when at least one model can. Asking has the replicas
-        probed: the next answer knows of those that have stopped."""
+        """Why no request can be served now; None when at least one model can, at the start when those of all
+        engines within reach can. Asking has the replicas probed: the next answer knows of those that have
+        stopped."""
         for connection in (*self._engines.values(), *self._tokenizers.values()):
             connection.touch()
         if self._draining or self._stopping:
             return ApiError("shutting_down", "The server is shutting down.")
         reasons = [self._unready_model(model) for model in self._distinct_models()]
-        if None in reasons:
-            return None
-        return next((reason for reason in reasons if reason is not None), None) or self._nobody()
+        if None not in reasons:
+            return next((reason for reason in reasons if reason is not None), None) or self._nobody()
+        if not self._started and self._any_loads_another():
+            return ApiError("engine_loading", "One of the models is still loading.")
+        return None
+
+    def _any_loads_another(self) -> bool:
+        """Whether an engine has yet to load a model that is not served: not one more replica of one."""
+        return any(
+            engine.state is State.NOT_SERVING
+            and engine.info is None
+            and engine.load_state in _LOADING
+            and not set(engine.promised) & set(self._models)
+            for engine in self._engines.values()
+        )
 
     def _unready_model(self, model: Model) -> ApiError | None:
         if not self._ready_engines(model):
@@ -137,7 +156,8 @@ class Services:
 
     def resolve(self, name: str | None) -> Model:
         """The model of a request. Raises ApiError: missing_required_parameter without a name when there are
-        several, model_not_found, or engine_unavailable and engine_loading before any model is known."""
+        several, model_not_found, or engine_unavailable and engine_loading where an engine may yet turn out to
+        serve it."""
         models = self._models
         if not models:
             raise self._nobody()
@@ -150,13 +170,27 @@ class Services:
                 f"Several models are served; name one of {listed(models)}.",
                 "model",
             )
-        if name not in models:
+        return models[name] if name in models else self._refuse_unknown(name)
+
+    def _refuse_unknown(self, name: str) -> NoReturn:
+        """A name nobody serves is for the caller to mend; one that somebody will serve, or might, is not."""
+        wanted = self._aliases.get(name, name)
+        for engine in self._engines.values():
+            if engine.info is None and wanted in engine.promised:
+                raise ApiError("engine_loading", f"The model {name[:128]!r} is still loading.")
+            if engine.info is not None and wanted in (engine.info.model, *engine.info.aliases):
+                raise ApiError("engine_unavailable", "No tokenizer belongs to the engine's model.")
+        if any(engine.info is None and not engine.promised for engine in self._engines.values()):
             raise ApiError(
-                "model_not_found",
-                f"The model {name[:128]!r} does not exist. Served here: {listed(models)}.",
-                "model",
+                "engine_unavailable",
+                f"The model {name[:128]!r} is none of {listed(self._models)}, and not every engine has "
+                "answered yet.",
             )
-        return models[name]
+        raise ApiError(
+            "model_not_found",
+            f"The model {name[:128]!r} does not exist. Served here: {listed(self._models)}.",
+            "model",
+        )
 
     def pick(self, model: Model, prompt_ids: Sequence[int], salt: str = "") -> EngineConnection:
         """The engine for a new request. Raises ApiError when none is ready."""
@@ -278,8 +312,11 @@ class Services:
     def _notify(self) -> None:
         engines = [engine.info for engine in self._engines.values() if engine.info is not None]
         tokenizers = [item.info for item in self._tokenizers.values() if item.info is not None]
-        self._models, mismatches = pair(engines, tokenizers)
-        for mismatch in mismatches:
+        self._models, mismatches = pair(engines, tokenizers, self._aliases)
+        if None in map(self._unready_model, self._distinct_models()) and not self._any_loads_another():
+            self._started = True
+        all_told = len(tokenizers) == len(self._tokenizers)  # else the one that fits may be yet to come
+        for mismatch in mismatches if all_told else ():
             if mismatch not in self._mismatches:
                 log.error(
                     "model %s is not served: its engine's tokenizer is %s, the tokenizers here are %s",
@@ -287,7 +324,8 @@ class Services:
                     mismatch.engine,
                     ", ".join(mismatch.tokenizers),
                 )
-        self._mismatches = mismatches
+        if all_told:
+            self._mismatches = mismatches
         self._changed.set()
 
 

@@ -627,7 +627,7 @@ class WatchLoadRequest(_message.Message):
     def __init__(self, interval_us: _Optional[int] = ...) -> None: ...
 
 class EngineLoad(_message.Message):
-    __slots__ = ("running", "waiting", "waiting_tokens", "kv_blocks_used", "kv_blocks_cached", "kv_blocks_total", "tokens_per_second", "state", "estimated_wait_us", "steps", "accepted", "finished", "aborted", "failed", "num_preemptions", "prefix_cache_queries", "prefix_cache_hits", "prompt_tokens", "generation_tokens", "engine_restarts", "rejected", "open_streams", "drafted_tokens", "accepted_draft_tokens")
+    __slots__ = ("running", "waiting", "waiting_tokens", "kv_blocks_used", "kv_blocks_cached", "kv_blocks_total", "tokens_per_second", "state", "estimated_wait_us", "steps", "accepted", "finished", "aborted", "failed", "num_preemptions", "prefix_cache_queries", "prefix_cache_hits", "prompt_tokens", "generation_tokens", "engine_restarts", "rejected", "open_streams", "drafted_tokens", "accepted_draft_tokens", "model", "aliases")
     RUNNING_FIELD_NUMBER: _ClassVar[int]
     WAITING_FIELD_NUMBER: _ClassVar[int]
     WAITING_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -652,6 +652,8 @@ class EngineLoad(_message.Message):
     OPEN_STREAMS_FIELD_NUMBER: _ClassVar[int]
     DRAFTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     ACCEPTED_DRAFT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    ALIASES_FIELD_NUMBER: _ClassVar[int]
     running: int
     waiting: int
     waiting_tokens: int
@@ -676,7 +678,9 @@ class EngineLoad(_message.Message):
     open_streams: int
     drafted_tokens: int
     accepted_draft_tokens: int
-    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., waiting_tokens: _Optional[int] = ..., kv_blocks_used: _Optional[int] = ..., kv_blocks_cached: _Optional[int] = ..., kv_blocks_total: _Optional[int] = ..., tokens_per_second: _Optional[float] = ..., state: _Optional[_Union[ServingState, str]] = ..., estimated_wait_us: _Optional[int] = ..., steps: _Optional[int] = ..., accepted: _Optional[int] = ..., finished: _Optional[int] = ..., aborted: _Optional[int] = ..., failed: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., prefix_cache_queries: _Optional[int] = ..., prefix_cache_hits: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., generation_tokens: _Optional[int] = ..., engine_restarts: _Optional[int] = ..., rejected: _Optional[int] = ..., open_streams: _Optional[int] = ..., drafted_tokens: _Optional[int] = ..., accepted_draft_tokens: _Optional[int] = ...) -> None: ...
+    model: str
+    aliases: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., waiting_tokens: _Optional[int] = ..., kv_blocks_used: _Optional[int] = ..., kv_blocks_cached: _Optional[int] = ..., kv_blocks_total: _Optional[int] = ..., tokens_per_second: _Optional[float] = ..., state: _Optional[_Union[ServingState, str]] = ..., estimated_wait_us: _Optional[int] = ..., steps: _Optional[int] = ..., accepted: _Optional[int] = ..., finished: _Optional[int] = ..., aborted: _Optional[int] = ..., failed: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., prefix_cache_queries: _Optional[int] = ..., prefix_cache_hits: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., generation_tokens: _Optional[int] = ..., engine_restarts: _Optional[int] = ..., rejected: _Optional[int] = ..., open_streams: _Optional[int] = ..., drafted_tokens: _Optional[int] = ..., accepted_draft_tokens: _Optional[int] = ..., model: _Optional[str] = ..., aliases: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class AbortRequest(_message.Message):
     __slots__ = ("request_ids", "all")

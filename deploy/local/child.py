@@ -23,12 +23,14 @@ _ERROR = re.compile(r"\d\d:\d\d:\d\d [EC] [\w-]+: (.*)")
 class ChildSpec:
     """How a service is started. `name` is for people ("engine of penstock-demo"). `arguments` follow
     `python -m penstock.local`; secrets are in `environment`, never in the arguments, which all users of the
-    machine can read."""
+    machine can read. Services of one `part` are of use only together; without one, nothing is of use without
+    this service."""
 
     service: str
     name: str
     arguments: tuple[str, ...]
     environment: Mapping[str, str]
+    part: str = ""
 
 
 class Child:

@@ -11,7 +11,8 @@ from collections.abc import Collection, MutableMapping, Sequence
 
 from penstock.engine_service.config import EngineConfig
 from penstock.engine_service.core_process import COMPUTE_CORES
-from penstock.engine_service.machine import Division, cgroup_cores, divide, has_gpu, usable_cores
+from penstock.engine_service.machine import Division, cgroup_cores, divide, usable_cores
+from penstock.local.shares import on_gpu
 
 # Cores of the services, as "7" or "6,7".
 SERVICE_CORES = "PENSTOCK_SERVICE_CORES"
@@ -20,7 +21,7 @@ SERVICE_CORES = "PENSTOCK_SERVICE_CORES"
 def division_for(engines: Sequence[EngineConfig]) -> Division | None:
     """None: all share all cores. So it is where these are few or under a quota, with a GPU, whose host
     work is the services', and where more threads are asked for than would have cores."""
-    if any(_on_gpu(engine) for engine in engines):
+    if any(on_gpu(engine) for engine in engines):
         return None
     division = divide(usable_cores(), cgroup_cores())
     if division is None or any(engine.threads > len(division.compute) for engine in engines):
@@ -38,10 +39,6 @@ def stay(environ: MutableMapping[str, str] = os.environ) -> None:
     cores = environ.pop(SERVICE_CORES, "")
     if cores and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {int(core) for core in cores.split(",")})
-
-
-def _on_gpu(engine: EngineConfig) -> bool:
-    return engine.device == "cuda" or (engine.device == "auto" and has_gpu())
 
 
 def _text(cores: Collection[int]) -> str:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast
 
 from pydantic import Field
@@ -142,12 +142,21 @@ def plan_serve(
         file_name=given.file_name,
     )
     models = [_plan_model(name, own, resolve) for name, own in _wanted_models(serve, entries, given)]
-    ids = [model_id for model in models for model_id in model.ids]
-    if len(set(ids)) != len(ids):
-        twice = next(model_id for model_id in ids if ids.count(model_id) > 1)
-        raise ConfigError(f"two models would be served as {twice}; give each its own served-model-name")
     frontend = load_visible("frontend", given, {})
+    _check_names([model_id for model in models for model_id in model.ids], frontend)
     return ServePlan(serve, frontend, tuple(models))
+
+
+def _check_names(ids: Sequence[str], frontend: Loaded[FrontendConfig]) -> None:
+    for name in ids:
+        if ids.count(name) > 1:
+            raise ConfigError(f"two models would be served as {name}; give each its own served-model-name")
+    for name, target in frontend.config.aliases.items():
+        origin = f"--model-alias (from {frontend.sources['model_alias']})"
+        if name in ids:
+            raise ConfigError(f"{origin}: {name} is the name of a model itself")
+        if target not in ids:
+            raise ConfigError(f"{origin}: {target} is not served; served: {', '.join(ids)}")
 
 
 def load_service(
@@ -200,15 +209,40 @@ def _refuse_unknown(file: Mapping[str, Any], file_name: str) -> None:
 def _wanted_models(serve: Loaded[ServeConfig], entries: Any, given: Given) -> list[tuple[str, Given]]:
     """(name, what was given for it) of each model. Command line and environment win over the file's list."""
     if entries is not None and serve.sources["model"] in ("default", given.file_name):
-        return [_entry(entry, given) for entry in _as_list(entries, given.file_name)]
+        entries = _as_list(entries, given.file_name)
+        return [
+            _entry(entry, own) for entry, own in zip(entries, _for_each(given, len(entries)), strict=True)
+        ]
     names = serve.config.model or ("",)
-    if len(names) > 1:
-        for option in ("served_model_name", "tokenizer"):
-            if option in given.arguments or option in given.file:
-                raise ConfigError(
-                    f"{settings.option_of(option)} is for one model; list several in a --config file"
-                )
-    return [(name, given) for name in names]
+    return list(zip(names, _for_each(given, len(names)), strict=True))
+
+
+def _for_each(given: Given, count: int) -> list[Given]:
+    """What was given, for each of `count` models: all the same, but of several --served-model-name each has
+    its own. Raises ConfigError for what can belong to one model only."""
+    if count == 1:
+        return [given]
+    for option, config in (("served_model_name", EngineConfig), ("tokenizer", TokenizerConfig)):
+        variables = settings.env_names(option, config.model_fields[option])
+        sources = [variable for variable in variables if given.environ.get(variable)]
+        if option in given.file:
+            sources.append(given.file_name)
+        if option == "tokenizer" and option in given.arguments:
+            sources.append("the command line")
+        if sources:
+            raise ConfigError(
+                f"{settings.option_of(option)} (from {sources[0]}) is for one model, and {count} are served: "
+                "give each its own in a list `models` of a --config file"
+            )
+    names = given.arguments.get("served_model_name")
+    if names is None:
+        return [given] * count
+    if len(names) != count:
+        raise ConfigError(
+            f"{count} models are served and --served-model-name is given {len(names)} times: give it once "
+            "for each model, in their order (with commas between a model's id and its aliases)"
+        )
+    return [replace(given, arguments={**given.arguments, "served_model_name": [name]}) for name in names]
 
 
 def _as_list(entries: Any, file_name: str) -> list[Any]:

@@ -21,6 +21,7 @@ from penstock.local import cores, model_source, readiness
 from penstock.local.child import Child, ChildSpec
 from penstock.local.options import ModelPlan, ServePlan, known_variables
 from penstock.local.relay import Relay
+from penstock.local.shares import shares
 from penstock.local.supervisor import Supervisor
 from penstock.protos import log as logs
 from penstock.protos import settings
@@ -108,17 +109,19 @@ def child_specs(plan: ServePlan, folder: Path, port: int, environ: Mapping[str, 
     specs = []
     targets: dict[str, list[str]] = {"engine": [], "tokenizer": []}
     metrics: list[str] = []
-    for index, model in enumerate(plan.models):
+    parts = shares([model.engine.config for model in plan.models], environ)
+    for index, (model, share) in enumerate(zip(plan.models, parts, strict=True)):
         for service in ("tokenizer", "engine"):
             target = f"unix:{folder}/{service}-{index}.sock"
             targets[service].append(target)
             values: dict[str, Any] = {"listen": (target,)}
             if service == "engine":
+                values |= share.options
                 values["metrics_port"] = free_port("127.0.0.1", 0)
                 if division is not None and not model.engine.config.threads:
                     values["threads"] = len(division.compute)
                 metrics.append(f"127.0.0.1:{values['metrics_port']}")
-            specs.append(_backend_spec(service, model, values, environment))
+            specs.append(_backend_spec(service, model, values, environment | share.environment))
     values = {key: tuple(found) for key, found in targets.items()}
     values["metrics_source"] = tuple(metrics)
     if not plan.frontend.config.listen:
@@ -131,15 +134,20 @@ def _backend_spec(
     service: str, model: ModelPlan, values: dict[str, Any], environment: dict[str, str]
 ) -> ChildSpec:
     loaded: Loaded[Any] = model.engine if service == "engine" else model.tokenizer
-    return _spec(service, f"{service} of {model.ids[0]}", loaded, values, environment)
+    return _spec(service, f"{service} of {model.ids[0]}", loaded, values, environment, model.ids[0])
 
 
 def _spec(
-    service: str, name: str, loaded: Loaded[Any], values: dict[str, Any], environment: dict[str, str]
+    service: str,
+    name: str,
+    loaded: Loaded[Any],
+    values: dict[str, Any],
+    environment: dict[str, str],
+    part: str = "",
 ) -> ChildSpec:
     config = loaded.config.model_copy(update=values)
     arguments, secrets = settings.to_arguments(Loaded(config, loaded.sources))
-    return ChildSpec(service, name, (service, *arguments), {**environment, **secrets})
+    return ChildSpec(service, name, (service, *arguments), {**environment, **secrets}, part)
 
 
 def child_environment(environ: Mapping[str, str]) -> dict[str, str]:

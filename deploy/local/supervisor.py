@@ -56,6 +56,7 @@ class Supervisor:
         self._wait_ready = wait_ready
         self._on_ready = on_ready
         self._records = {id(child): _Record() for child in children}
+        self._lost: set[str] = set()  # parts that were given up while others serve
         self._ready = False
         self._stopping = False
         self._signalled_at: float | None = None
@@ -65,7 +66,8 @@ class Supervisor:
 
     async def run(self) -> int:
         """The exit code: 0 after a signal, 1 after a second one, the code of a child that cannot go on (2, 3,
-        4), 4 for an engine and 1 for another service that died too often."""
+        4), 4 for an engine and 1 for another service that died too often. Once all served, a part that cannot
+        go on does not end the others: only the loss of the last one is the end."""
         self._listen_for_signals()
         keepers = []
         try:
@@ -139,7 +141,7 @@ class Supervisor:
         while True:
             started = time.monotonic()
             code = await child.wait()
-            if self._stopping:
+            if self._stopping or child.spec.part in self._lost:
                 return
             now = time.monotonic()
             if code in FATAL_CODES:
@@ -155,16 +157,26 @@ class Supervisor:
             log.warning("the %s %s; starting it again", child.spec.name, _how(code))
             await asyncio.sleep(record.backoff_s)
             record.backoff_s = min(2 * record.backoff_s, MAX_BACKOFF_S)
-            if self._stopping:
+            if self._stopping or child.spec.part in self._lost:
                 return
             await child.start()
 
     def _give_up(self, child: Child, code: int, how: str) -> None:
-        if not self._end.done():
-            self._last_words = f"the {child.spec.name} {how}"
-            if child.complaint:
-                self._last_words += f": {child.complaint}"
+        if self._end.done():
+            return
+        words = f"the {child.spec.name} {how}"
+        if child.complaint:
+            words += f": {child.complaint}"
+        part = child.spec.part
+        if not self._ready or not {c.spec.part for c in self._children} - self._lost - {part, ""} or not part:
+            self._last_words = words
             self._end.set_result(code)
+            return
+        self._lost.add(part)
+        log.error("%s; its model is served no more, the others are", words)
+        for other in self._children:
+            if other.spec.part == part:
+                other.terminate()
 
     async def _stop(self, *, failed: bool) -> None:
         """The service in front first, so that what it has accepted is still served by those behind it."""

@@ -10,11 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from penstock.engine_service.backends.base import Linear
-from penstock.engine_service.machine import available_memory, cgroup_cores, usable_cores
+from penstock.engine_service.machine import (
+    available_memory,
+    cgroup_cores,
+    default_cache_bytes,
+    usable_cores,
+)
 from penstock.kernels import linear as kernel
 
-_GIB = 1 << 30
-_MAX_DEFAULT_CACHE = 4 * _GIB
 # Weights below these sizes (elements) run faster unpacked: a packed call costs 15 us before it computes.
 _PACK_FROM = {torch.float32: 1 << 19, torch.bfloat16: 1 << 13, torch.float16: 1 << 13}
 _PACKED_FOR_ROWS = 32  # a hint of the layout; measured: no loss at other row counts
@@ -47,7 +50,7 @@ class CpuBackend:
         return available_memory()
 
     def kv_cache_budget(self, gpu_memory_utilization: float) -> int:
-        return min(self.available_memory() // 4, _MAX_DEFAULT_CACHE)
+        return default_cache_bytes(self.available_memory())
 
     def synchronize(self) -> None:
         return

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from penstock.frontend.catalog import Model, listed
+from penstock.frontend.catalog import Model
 from penstock.frontend.context import Context
 from penstock.frontend.exchange import Exchange
-from penstock.protos.errors import ApiError
 
 
 async def list_models(exchange: Exchange, context: Context) -> None:
@@ -17,13 +16,7 @@ async def list_models(exchange: Exchange, context: Context) -> None:
 
 async def retrieve_model(exchange: Exchange, context: Context) -> None:
     name = exchange.argument
-    model = context.services.models.get(name)
-    if model is None:
-        served = listed(context.services.models)
-        raise ApiError(
-            "model_not_found", f"The model {name[:128]!r} does not exist. Served: {served}.", "model"
-        )
-    await exchange.respond_json(_card(name, model))
+    await exchange.respond_json(_card(name, context.services.resolve(name)))
 
 
 def _card(name: str, model: Model) -> dict[str, Any]:

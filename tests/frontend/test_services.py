@@ -69,6 +69,44 @@ class TestModels:
         services = await start_services(engines, tokenizers)
         assert all(services.tokenizer_for(services.resolve(name)).info.model == name for name in "ab")
 
+    async def test_the_operators_aliases(
+        self, start_engine: Any, start_tokenizer: Any, start_services: Any
+    ) -> None:
+        tokenizer = await start_tokenizer()
+        engines = [
+            await start_engine(model="a", aliases=["x"], fingerprint=tokenizer.fingerprint),
+            await start_engine(model="b", aliases=["y"], fingerprint=tokenizer.fingerprint),
+        ]
+        aliases = {"one": "a", "two": "y", "x": "b", "a": "b", "lost": "c"}
+        services = await start_services(engines, [tokenizer], aliases=aliases)
+        names = {name: model.id for name, model in services.models.items()}
+        # An id stays itself; the operator's word wins over an engine's.
+        assert names == {"a": "a", "b": "b", "x": "b", "y": "b", "one": "a", "two": "b"}
+        with pytest.raises(ApiError) as raised:
+            services.resolve("lost")
+        assert raised.value.reason == "model_not_found"
+
+    async def test_replicas_of_a_model_beside_another(
+        self, start_engine: Any, start_tokenizer: Any, start_services: Any
+    ) -> None:
+        one = await start_tokenizer(model="a")
+        two = await start_tokenizer(model="b", salt="other")
+        engines = [
+            *[await start_engine(model="a", fingerprint=one.fingerprint) for _ in range(3)],
+            await start_engine(model="b", fingerprint=two.fingerprint),
+        ]
+        services = await start_services(engines, [one, two])
+        assert len({services.pick(services.resolve("a"), [i, i]).address for i in range(30)}) == 3
+        assert {services.pick(services.resolve("b"), [i]).address for i in range(9)} == {engines[3].address}
+        for engine in engines[:3]:
+            await engine.stop()
+        await services.wait_until(lambda: len([e for e in services.engines if e.ready]) == 1, LIMIT_S)
+        assert reason(services) is None
+        assert services.pick(services.resolve("b"), [1]).address == engines[3].address
+        with pytest.raises(ApiError) as raised:
+            services.pick(services.resolve("a"), [1])
+        assert raised.value.http_status == 503
+
     async def test_a_foreign_tokenizer_is_refused(
         self, start_engine: Any, start_tokenizer: Any, start_services: Any, caplog: Any
     ) -> None:
@@ -78,6 +116,9 @@ class TestModels:
         with caplog.at_level(logging.ERROR, "penstock.frontend"):
             services = await start_services([good, bad], [tokenizer])
         assert set(services.models) == {"good"}
+        with pytest.raises(ApiError) as raised:
+            services.resolve("bad")
+        assert raised.value.http_status == 503
         lines = [record.getMessage() for record in caplog.records]
         assert len(lines) == 1
         assert "bad" in lines[0]
@@ -124,6 +165,56 @@ class TestReadiness:
         await engine.stop()
         await services.wait_until(lambda: reason(services) == "engine_unavailable", LIMIT_S)
         assert services.resolve(None) is not None  # known, and away: 503, not 404
+
+    async def test_several_models_are_ready_together_at_the_start_and_alone_after_it(
+        self, start_engine: Any, start_tokenizer: Any, start_services: Any
+    ) -> None:
+        tokenizer = await start_tokenizer()
+        first = await start_engine(model="a", fingerprint=tokenizer.fingerprint)
+        second = await start_engine(
+            model="b", aliases=["c"], serving=False, fingerprint=tokenizer.fingerprint
+        )
+        await second.set_serving(False, engine_pb2.SERVING_STATE_LOADING)
+        services = await start_services([first, second], [tokenizer], wait=False)
+        await services.wait_until(lambda: "a" in services.models, LIMIT_S)
+        await services.wait_until(lambda: any(e.promised for e in services.engines), LIMIT_S)
+        assert services.resolve("a").id == "a"
+        for name in "bc":
+            with pytest.raises(ApiError) as raised:
+                services.resolve(name)
+            assert raised.value.reason == "engine_loading"
+        with pytest.raises(ApiError) as raised:
+            services.resolve("d")
+        assert raised.value.reason == "model_not_found"
+        assert reason(services) == "engine_loading"
+        await second.set_serving(True)
+        await services.wait_until(lambda: reason(services) is None, LIMIT_S)
+        await second.set_serving(False, engine_pb2.SERVING_STATE_LOADING)
+        await services.wait_until(lambda: len([e for e in services.engines if e.ready]) == 1, LIMIT_S)
+        assert reason(services) is None
+        assert services.resolve("c").id == "b"  # known, and away
+
+    async def test_one_more_replica_that_loads_keeps_nobody_waiting(
+        self, start_engine: Any, start_tokenizer: Any, start_services: Any
+    ) -> None:
+        tokenizer = await start_tokenizer()
+        engines = [await start_engine(fingerprint=tokenizer.fingerprint, serving=n == 0) for n in range(2)]
+        await engines[1].set_serving(False, engine_pb2.SERVING_STATE_LOADING)
+        services = await start_services(engines, [tokenizer], wait=False)
+        await services.wait_until(lambda: any(e.promised for e in services.engines), LIMIT_S)
+        await services.wait_until(lambda: reason(services) is None, LIMIT_S)
+
+    async def test_a_name_that_an_unheard_engine_may_serve(
+        self, start_engine: Any, start_tokenizer: Any, start_services: Any, tmp_path: Any
+    ) -> None:
+        tokenizer = await start_tokenizer()
+        engine = await start_engine(fingerprint=tokenizer.fingerprint)
+        services = await start_services([engine, f"unix:{tmp_path}/no"], [tokenizer], wait=False)
+        await services.wait_until(lambda: reason(services) is None, LIMIT_S)
+        with pytest.raises(ApiError) as raised:
+            services.resolve("other")
+        assert raised.value.reason == "engine_unavailable"
+        assert "fake-model" in raised.value.message
 
     async def test_it_comes_back_with_what_it_is_now(
         self, start_engine: Any, start_tokenizer: Any, start_services: Any

@@ -10,7 +10,7 @@ import pytest
 
 from penstock.engine_service.config import EngineConfig
 from penstock.engine_service.core_process import COMPUTE_CORES, _cores_option
-from penstock.local import cli, cores, options, serve
+from penstock.local import cli, cores, options, serve, shares
 from penstock.local.model_source import Source
 from penstock.local.options import Given
 
@@ -19,7 +19,7 @@ from penstock.local.options import Given
 def _eight_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cores, "usable_cores", lambda: frozenset(range(8)))
     monkeypatch.setattr(cores, "cgroup_cores", lambda: None)
-    monkeypatch.setattr(cores, "has_gpu", lambda: False)
+    monkeypatch.setattr(shares, "has_gpu", lambda: False)
 
 
 def specs(words: list[str]) -> dict[str, tuple[list[str], dict[str, str]]]:
@@ -53,7 +53,7 @@ def test_fewer_threads_are_the_operators_choice() -> None:
 
 
 def test_the_host_work_of_a_gpu_is_the_services(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cores, "has_gpu", lambda: True)
+    monkeypatch.setattr(shares, "has_gpu", lambda: True)
     assert cores.division_for([EngineConfig(model="m")]) is None
     assert cores.division_for([EngineConfig(model="m", device="cpu")]) is not None
 

@@ -26,6 +26,7 @@ SPECIAL: dict[str, tuple[Any, Any, Any]] = {
     "stream_buffer_bytes": (40001, 40002, 40003),
     "tokenizer": ("one", "two", "three"),
     "tool_call_parser": ("hermes", "json", "none"),
+    "model_alias": (("x=penstock-demo",), ("y=penstock-demo",), ("z=penstock-demo",)),
     "reasoning_parser": ("qwen3", "tags:<a>,</a>", "none"),
     "nnodes": (2, 3, 4),
 }
@@ -192,6 +193,7 @@ def test_a_models_list_with_the_flags_of_each(tmp_path: Path) -> None:
         ("models:\n  - model: x\n    port: 1\n", "port"),
         ("models:\n  - model: x\n    colour: red\n", "colour"),
         ("models:\n  - same\n  - same\n", "same"),
+        ("served-model-name: x\nmodels:\n  - a\n  - b\n", "served-model-name"),
         ("engine: unix:/x\n", "engine"),
         ("- a\n", "mapping"),
         ("port: [\n", "YAML"),
@@ -205,9 +207,38 @@ def test_a_file_that_says_something_unknown_is_refused(text: str, named: str, tm
     assert "\n" not in str(caught.value)
 
 
-def test_one_name_for_several_models_is_refused() -> None:
-    with pytest.raises(ConfigError, match="served-model-name"):
-        _plan(["a", "b", "--served-model-name", "x"])
+def test_each_of_several_models_has_its_own_names() -> None:
+    plan = _plan(["a", "b", "--served-model-name", "x,default", "--served-model-name", "y"])
+    assert [(m.source.name, m.ids) for m in plan.models] == [("a", ("x", "default")), ("b", ("y",))]
+    plan = _plan(["a", "a", "--served-model-name", "", "--served-model-name", "y"])
+    assert [m.ids for m in plan.models] == [("a",), ("y",)]
+
+
+@pytest.mark.parametrize(
+    ("words", "environ", "named"),
+    [
+        (["--served-model-name", "x"], {}, "given 1 times"),
+        (["--served-model-name", "x", "--served-model-name=y", "--served-model-name=z"], {}, "given 3 times"),
+        (["--served-model-name", "x,y", "--served-model-name=y"], {}, "served as y"),
+        (["--tokenizer", "t"], {}, "--tokenizer .from the command line"),
+        ([], {"PENSTOCK_TOKENIZER": "t"}, "--tokenizer .from PENSTOCK_TOKENIZER"),
+        ([], {"PENSTOCK_SERVED_MODEL_NAME": "x"}, "from PENSTOCK_SERVED_MODEL_NAME"),
+        (["--model-alias", "gpt=c"], {}, "c is not served; served: a, b"),
+        (["--model-alias", "a=b"], {}, "a is the name of a model itself"),
+        (["--model-alias", "a"], {}, "NAME=MODEL"),
+        (["--model-alias", "x=a,x=b"], {}, "two models"),
+    ],
+)
+def test_what_several_models_leave_open_is_refused(
+    words: list[str], environ: dict[str, str], named: str
+) -> None:
+    with pytest.raises(ConfigError, match=named):
+        _plan(["a", "b", *words], environ)
+
+
+def test_an_alias_of_an_alias_of_a_model() -> None:
+    plan = _plan(["a", "--served-model-name=main,other", "--model-alias=gpt-4o=other, x = main"])
+    assert plan.frontend.config.aliases == {"gpt-4o": "other", "x": "main"}
 
 
 def test_the_task_is_the_models_own() -> None:

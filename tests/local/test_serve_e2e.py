@@ -225,6 +225,35 @@ def test_a_corrupt_model_is_one_line_and_exit_code_3(model: Path, tmp_path: Path
     assert "model.safetensors" in str(caught.value)
 
 
+def _check_names(client: openai.OpenAI) -> None:
+    assert {listed.id for listed in client.models.list()} == {"one", "two", "nick"}
+    for name, model in (("one", "one"), ("two", "two"), ("nick", "one")):
+        assert client.completions.create(model=name, prompt="x", max_tokens=3).model == model
+    with pytest.raises(openai.NotFoundError, match="Served here: one, two"):
+        client.completions.create(model="three", prompt="x")
+    with pytest.raises(openai.BadRequestError, match="name one of one, two"):
+        client.completions.create(model="", prompt="x")
+
+
+def _check_loss_of_one(running: Spawned, client: openai.OpenAI) -> None:
+    """While the engine of a model is away, the other is served, and only what asks for the first is told."""
+    below = _descendants(running.process.pid)
+    (pid,) = [p for p, words in below.items() if "--served-model-name=two" in words and "engine" in words]
+    os.kill(pid, signal.SIGKILL)
+    statuses = []
+    end = time.monotonic() + 60
+    while statuses[-2:] != [503, 200]:
+        assert client.completions.create(model="one", prompt="x", max_tokens=1).choices
+        assert asyncio.run(readiness.get(running.url.removeprefix("http://"), "/readyz"))[0] == 200
+        answer = client.completions.with_raw_response
+        try:
+            statuses.append(answer.create(model="two", prompt="x", max_tokens=1).status_code)
+        except openai.APIStatusError as error:
+            statuses.append(error.status_code)
+        assert time.monotonic() < end, statuses
+    assert set(statuses) == {200, 503}
+
+
 def test_two_models_of_one_file_and_nothing_outlives_a_killed_supervisor(
     model: Path, tiny_checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -235,12 +264,11 @@ def test_two_models_of_one_file_and_nothing_outlives_a_killed_supervisor(
         {"model": str(other), "served-model-name": "two", "max-model-len": 64},
     ]
     file.write_text(json.dumps({"models": entries}))
-    with spawned([f"--config={file}", *SMALL], environ=_environ()) as running:
+    words = [f"--config={file}", "--model-alias=nick=one", *SMALL]
+    with spawned(words, environ=_environ()) as running:
         client = _client(running)
-        assert {listed.id for listed in client.models.list()} == {"one", "two"}
-        for name in ("one", "two"):
-            done = client.completions.create(model=name, prompt="x", max_tokens=3)
-            assert done.model == name
+        _check_names(client)
+        _check_loss_of_one(running, client)
         below = _descendants(running.process.pid)
         assert len(below) >= 7
         running.process.kill()

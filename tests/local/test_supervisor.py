@@ -20,8 +20,8 @@ EVENT_S = 5.0
 class ScriptedChild:
     """Ends when the test says so. `log` gets what is done to it."""
 
-    def __init__(self, service: str, log: list[str]) -> None:
-        self.spec = ChildSpec(service, service, (), {})
+    def __init__(self, service: str, log: list[str], part: str = "") -> None:
+        self.spec = ChildSpec(service, service, (), {}, part)
         self.complaint = ""
         self.started = asyncio.Queue[None]()
         self._log = log
@@ -58,11 +58,20 @@ class ScriptedChild:
 
 
 class Stage:
-    """A supervisor over three scripted children, ready when the test says so."""
+    """A supervisor over scripted children, ready when the test says so. parts: they serve two models,
+    "engine" and "tokenizer" one of them."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, parts: bool = False) -> None:
         self.log: list[str] = []
-        self.children = {name: ScriptedChild(name, self.log) for name in ("tokenizer", "engine", "frontend")}
+        self.children = {
+            name: ScriptedChild(name, self.log, part)
+            for name, part in [
+                ("tokenizer", "a" if parts else ""),
+                ("engine", "a" if parts else ""),
+                *([("tokenizer b", "b"), ("engine b", "b")] if parts else []),
+                ("frontend", ""),
+            ]
+        }
         self.ready = asyncio.Event()
         self.announced = asyncio.Event()
         self.supervisor = Supervisor(
@@ -250,3 +259,49 @@ async def test_a_child_that_cannot_be_started_again_ends_the_whole(
 
     with pytest.raises(BlockingIOError):
         await asyncio.wait_for(stage.run(script), EVENT_S)
+
+
+async def test_a_model_that_is_lost_leaves_the_others_serving(caplog: pytest.LogCaptureFixture) -> None:
+    stage = Stage(parts=True)
+
+    async def script() -> None:
+        await _ready(stage)
+        stage.children["engine"].end(4)
+        while "terminate tokenizer" not in stage.log:
+            await asyncio.sleep(0)
+        stage.children["engine b"].end(-9)
+        await asyncio.wait_for(stage.children["engine b"].started.get(), EVENT_S)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    assert await stage.run(script) == 0
+    assert stage.log.count("start engine") == stage.log.count("start tokenizer") == 1
+    assert stage.log.count("start engine b") == 2
+    assert any(
+        "the engine ended with code 4; its model is served no more" in line for line in caplog.messages
+    )
+
+
+async def test_the_loss_of_the_last_model_is_the_end() -> None:
+    stage = Stage(parts=True)
+
+    async def script() -> None:
+        await _ready(stage)
+        stage.children["engine"].end(4)
+        while "terminate tokenizer" not in stage.log:
+            await asyncio.sleep(0)
+        stage.children["tokenizer b"].end(3)
+
+    assert await stage.run(script) == 3
+
+
+@pytest.mark.parametrize("service", ["engine", "frontend"])
+async def test_before_all_have_served_and_without_a_frontend_there_is_nothing_to_keep(service: str) -> None:
+    stage = Stage(parts=True)
+
+    async def script() -> None:
+        if service == "frontend":
+            await _ready(stage)
+        stage.children[service].end(2)
+
+    assert await stage.run(script) == 2
+    assert "kill engine b" in stage.log

@@ -219,7 +219,12 @@ class FakeEngine(engine_pb2_grpc.EngineServicer):
     ) -> engine_pb2.EngineLoad:
         self.steps += self.hidden_steps
         return engine_pb2.EngineLoad(
-            state=self.state, running=self.num_live, open_streams=self.num_live, steps=self.steps
+            state=self.state,
+            running=self.num_live,
+            open_streams=self.num_live,
+            steps=self.steps,
+            model=self.info.model,
+            aliases=self.info.aliases,
         )
 
     async def Embed(
