@@ -1,21 +1,25 @@
-# Short targets; CI runs only these. PYTHON, MODEL, HOST, PORT, N, GPU, TESTS, JOBS and ARGS can be set on the command
-# line.
+# Short targets; CI runs only these. PYTHON, MODEL, EMBEDDER, RERANKER, HOST, PORT, N, GPU, TESTS, JOBS and ARGS can be set
+# on the command line.
 PYTHON ?= python3
 MODEL ?=
+EMBEDDER ?=
+RERANKER ?=
 HOST ?= 127.0.0.1
 PORT ?= 8000
 N ?= 3
 JOBS ?= 2
 BIN := .venv/bin
-COMPOSE := docker compose -f deploy/compose.yaml $(if $(GPU),-f deploy/compose.gpu.yaml)
-# MODEL is a folder (mounted), a hub id (downloaded: the way out is opened) or empty (the demonstration model).
-FOLDER := $(if $(MODEL),$(realpath $(MODEL)))
-ifneq ($(FOLDER),)
-COMPOSE := MODEL_DIR=$(FOLDER) MODEL_NAME=$(notdir $(FOLDER)) MODEL_ARG=/models/$(notdir $(FOLDER)) $(COMPOSE)
-else ifneq ($(MODEL),)
-COMPOSE := MODEL_ARG=$(MODEL) $(COMPOSE) -f deploy/compose.hub.yaml
-endif
-COMPOSE := PORT=$(PORT) $(COMPOSE)
+# MODEL is a folder (mounted), a hub id (downloaded: the way out is opened) or empty (the demonstration model). EMBEDDER
+# and RERANKER are such models beside it, or empty (none).
+folder = $(if $($1),$(realpath $($1)))
+mounted = $(if $(call folder,$1),$1_DIR=$(call folder,$1) $1_NAME=$(notdir $(call folder,$1)) \
+  $1_ARG=/models/$(notdir $(call folder,$1)),$(if $($1),$1_ARG=$($1)))
+from-hub = $(if $(call folder,$1),,$($1))
+BESIDE := $(if $(EMBEDDER),--profile embedder) $(if $(RERANKER),--profile reranker)
+COMPOSE := PORT=$(PORT) $(foreach name,MODEL EMBEDDER RERANKER,$(call mounted,$(name))) \
+  docker compose $(BESIDE) -f deploy/compose.yaml $(if $(GPU),-f deploy/compose.gpu.yaml) \
+  $(if $(strip $(BESIDE)),-f deploy/compose.retrieval.yaml) \
+  $(if $(strip $(foreach name,MODEL EMBEDDER RERANKER,$(call from-hub,$(name)))),-f deploy/compose.hub.yaml)
 ROOMS := protos engine_service tokenizer_service frontend kernels local
 
 .PHONY: install native serve clients test test-gpu check format protos bench bench-gpu up down logs scale clean
