@@ -24,7 +24,9 @@ class BatchConfig(Config):
 
     input_file: str = Field("", description="requests, one JSON object a line: custom_id, url, body")
     output_file: str = Field("", description="results; what is there already is kept and not run again")
-    model: str = Field("", description="model to serve for the batch; default: the bundled one")
+    model: tuple[str, ...] = Field(
+        (), description="model to serve for the batch, or several; default: the bundled one"
+    )
     url: str = Field("", description="use this running server instead, with or without /v1")
     api_key: str = Field(
         "",
@@ -77,8 +79,7 @@ def _run(config: BatchConfig, source: Path, results: Results, total: int) -> Tal
 
     if config.url:
         return ask(_base(config.url))
-    words = [config.model] if config.model else []
-    with spawned([*words, *shlex.split(config.serve_options)]) as server:
+    with spawned([*config.model, *shlex.split(config.serve_options)]) as server:
         return ask(server.url)
 
 

@@ -29,7 +29,7 @@ class BenchConfig(Config):
     """Settings of one measurement, of one or several load levels."""
 
     url: str = Field("http://127.0.0.1:8000", description="the server, with or without /v1")
-    model: str = Field("", description="model id; default: the first one the server lists")
+    model: str = Field("", description="model id; default: the first listed one that generates text")
     api_key: str = Field(
         "",
         description="key of the server",
@@ -198,7 +198,7 @@ def run(config: BenchConfig) -> int:
         else:
             words = [config.spawn] if config.spawn else []
             with sigterm_unwinds(), spawned([*words, *shlex.split(config.serve_options)]) as server:
-                reports = measure(config.model_copy(update={"url": server.url, "model": ""}), on_level=show)
+                reports = measure(config.model_copy(update={"url": server.url}), on_level=show)
     except SpawnFailed as error:
         print(f"penstock bench: {error}", file=sys.stderr)
         return error.code

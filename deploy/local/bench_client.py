@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
+from penstock.local.listing import generators
+
 CONNECT_TIMEOUT_S = 10.0
 # Longest silence within an answer.
 SILENCE_TIMEOUT_S = 600.0
@@ -108,13 +110,13 @@ class Client:
         self._idle: list[_Connection] = []
 
     async def model_ids(self) -> list[str]:
-        """What the server lists. Raises OSError, TimeoutError and BenchError."""
+        """What the server lists and generates text with. Raises OSError, TimeoutError and BenchError."""
         status, body = await self._exchange(self.endpoint.get("/models"), None)
         if status != 200:
             raise BenchError(_message(status, body))
         try:
-            return [str(item["id"]) for item in json.loads(body)["data"]]
-        except (ValueError, KeyError, TypeError) as error:
+            return generators(json.loads(body))
+        except ValueError as error:
             raise BenchError("the server's model list is not one") from error
 
     async def complete(self, request: bytes) -> Sample:

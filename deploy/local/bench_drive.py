@@ -111,7 +111,7 @@ async def drive(load: Load) -> Outcome:
 async def _model(client: Client) -> str:
     models = await client.model_ids()
     if not models:
-        raise BenchError("the server lists no model")
+        raise BenchError("the server lists no model that generates text")
     return models[0]
 
 

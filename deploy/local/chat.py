@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from pydantic import Field
 
+from penstock.local.listing import generators
 from penstock.protos.settings import Config
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ class ChatConfig(Config):
     """Settings of the terminal client."""
 
     url: str = Field("http://127.0.0.1:8000", description="the server, with or without /v1")
-    model: str = Field("", description="model id; default: the first one the server lists")
+    model: str = Field("", description="model id; default: the first listed one that generates text")
     system: str = Field("", description="system message")
     api_key: str = Field(
         "",
@@ -160,9 +161,9 @@ def _first_model(client: httpx.Client, base: str) -> str:
     if response.status_code != 200:
         raise ServerError(_refusal(response))
     try:
-        return str(response.json()["data"][0]["id"])
-    except (ValueError, KeyError, IndexError, TypeError) as error:
-        raise ServerError(f"{base} lists no models") from error
+        return generators(response.json())[0]
+    except (ValueError, IndexError) as error:
+        raise ServerError(f"{base} lists no model that generates text") from error
 
 
 def _converse(conversation: Conversation, source: TextIO, sink: TextIO) -> int:

@@ -37,7 +37,7 @@ USAGE = {
     "engine": " [MODEL]",
     "chat": "",
     "bench": " serve|offline|step|frontend|suite|engine|kernels",
-    "batch": " -i FILE -o FILE [MODEL]",
+    "batch": " -i FILE -o FILE [MODEL ...]",
 }
 
 
@@ -227,7 +227,7 @@ def _batch(words: list[str]) -> int:
     absent = argparse.SUPPRESS
     parser.add_argument("-i", dest="input_file", metavar="FILE", default=absent, help="--input-file")
     parser.add_argument("-o", dest="output_file", metavar="FILE", default=absent, help="--output-file")
-    parser.add_argument("model", nargs="?", metavar="MODEL", default=absent, help="model to serve meanwhile")
+    parser.add_argument("model", nargs="*", metavar="MODEL", default=absent, help="models to serve meanwhile")
     settings.add_arguments(parser, batch.BatchConfig, skip=["model"])
     return batch.run(_simple(parser, words, batch.BatchConfig))
 

@@ -28,4 +28,5 @@ def _card(name: str, model: Model) -> dict[str, Any]:
         "root": model.info.root or model.id,
         "parent": None,
         "max_model_len": model.info.max_model_len,
+        "tasks": list(model.info.tasks),
     }

@@ -163,6 +163,7 @@ async def test_model_ids_in_paths(serve: Any, tools: Any) -> None:
             "root": "org/model:7b",
             "parent": None,
             "max_model_len": 4096,
+            "tasks": ["generate"],
         }
 
 

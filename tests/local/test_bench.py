@@ -22,7 +22,7 @@ from penstock.local.bench_client import Client, Endpoint, Sample
 from penstock.local.bench_drive import Load, LoadFailed, Outcome
 from penstock.protos.settings import ConfigError
 
-MODELS = json.dumps({"data": [{"id": "listed"}]}).encode()
+MODELS = json.dumps({"data": [{"id": "no", "tasks": ["embed", "score"]}, {"id": "listed"}]}).encode()
 
 
 def in_process(load: Load) -> Outcome:

@@ -12,7 +12,8 @@ import pytest
 from penstock.local import chat
 from penstock.local.chat import ChatConfig
 
-MODELS = json.dumps({"object": "list", "data": [{"id": "first"}, {"id": "second"}]}).encode()
+LISTED = [{"id": "embedder", "tasks": ["embed"]}, {"id": "first", "tasks": ["generate"]}, {"id": "second"}]
+MODELS = json.dumps({"object": "list", "data": LISTED}).encode()
 
 
 def _events(*texts: str, done: bool = True) -> list[bytes]:
