@@ -8,6 +8,7 @@ of them works at a time, and gets all.
 
 from __future__ import annotations
 
+import json
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -49,11 +50,9 @@ def shares(engines: Sequence[EngineConfig], environ: Mapping[str, str]) -> list[
 
 def _on_cpu(engines: Sequence[EngineConfig], environ: Mapping[str, str]) -> list[Share]:
     free = available_memory() - sum(map(weight_bytes, engines))
+    size = default_cache_bytes(free, max(1, sum(map(generates, engines))))
     # Ranks of one model have a part of it each.
-    return [
-        _cache(engine, default_cache_bytes(free, len(engines)) // engine.tensor_parallel_size)
-        for engine in engines
-    ]
+    return [_cache(engine, size // engine.tensor_parallel_size) for engine in engines]
 
 
 def _on_devices(engines: Sequence[EngineConfig], environ: Mapping[str, str]) -> list[Share]:
@@ -70,13 +69,28 @@ def _on_devices(engines: Sequence[EngineConfig], environ: Mapping[str, str]) -> 
         return []
     usable = int(_device_bytes() * min(engine.gpu_memory_utilization for engine in engines))
     taken = sum(map(weight_bytes, engines)) + len(engines) * _DEVICE_RESERVE_BYTES
-    return [_cache(engine, (usable - taken) // len(engines)) for engine in engines]
+    size = (usable - taken) // max(1, sum(map(generates, engines)))
+    return [_cache(engine, size) for engine in engines]
 
 
 def _cache(engine: EngineConfig, size: int) -> Share:
-    if engine.num_kv_blocks or engine.kv_cache_memory or size <= 0:
+    if engine.num_kv_blocks or engine.kv_cache_memory or size <= 0 or not generates(engine):
         return Share()
     return Share({"kv_cache_memory": str(size)})
+
+
+def generates(engine: EngineConfig) -> bool:
+    """Whether the model keeps keys and values, as far as its files tell at a glance: those that only embed or
+    score keep none. A wrong guess costs others a part of their cache, or leaves an engine to its default."""
+    folder = Path(engine.model)
+    if folder.joinpath("modules.json").is_file():  # sentence-transformers
+        return False
+    try:
+        config = json.loads(folder.joinpath("config.json").read_text(encoding="utf-8"))
+        names = [str(name) for name in config["architectures"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return True
+    return not names or any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names)
 
 
 def weight_bytes(engine: EngineConfig) -> int:

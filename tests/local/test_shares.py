@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,16 @@ def test_one_engine_decides_by_itself(tmp_path: Path) -> None:
 def test_several_share_the_quarter_that_one_would_take(tmp_path: Path) -> None:
     found = shares.shares(engines(tmp_path, {}, {}, weights=4 * GIB), {})
     assert [cache(share) for share in found] == [12 * GIB // 8] * 2
+
+
+def test_what_only_embeds_takes_no_part_of_the_cache(tmp_path: Path) -> None:
+    models = {"chat": "LlamaForCausalLM", "embed": "BertModel", "rank": "XForCausalLM"}
+    for name, architecture in models.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps({"architectures": [architecture]}))
+    (tmp_path / "rank" / "modules.json").write_text("[]")
+    named = [EngineConfig(model=str(tmp_path / name)) for name in ("embed", "chat", "rank", "chat")]
+    assert [cache(share) for share in shares.shares(named, {})] == [0, 20 * GIB // 8, 0, 20 * GIB // 8]
 
 
 def test_what_the_operator_set_stands(tmp_path: Path) -> None:
