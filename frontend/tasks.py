@@ -37,9 +37,9 @@ def model_for(services: Services, name: str | None, *tasks: str) -> Model:
     """The model of a request that needs one of the tasks, the first for its refusal; without a name the only
     one that has one. Raises ApiError: as `Services.resolve`, and invalid_value for a model that cannot."""
     if not name:
-        able = {model.id: model for model in services.models.values() if can(model, *tasks)}
+        able = {model.id for model in services.models.values() if can(model, *tasks)}
         if len(able) == 1:
-            return next(iter(able.values()))
+            (name,) = able
     model = services.resolve(name)
     if not can(model, *tasks):
         raise cannot(model, tasks[0])
