@@ -15,20 +15,25 @@ from typing import Any, Self
 from tqdm import tqdm
 
 from penstock.engine_service.core.build import build
+from penstock.engine_service.core.constraints import Constraints
+from penstock.engine_service.core.grammar_source import grammar_of
 from penstock.engine_service.core.inbox import Inbox
 from penstock.engine_service.core.loop import EngineLoop
 from penstock.engine_service.core.messages import (
     AbortRequests,
     AddRequest,
     Configure,
+    Constraint,
     FromCore,
     Load,
     Logprobs,
     Ready,
+    RequestError,
     StepOutput,
 )
 from penstock.local import model_source, offline
 from penstock.local.offline import Collector
+from penstock.local.offline_constraint import constraint_of
 from penstock.local.offline_text import Text
 from penstock.local.outputs import RequestOutput
 from penstock.local.sampling_params import SamplingParams
@@ -124,7 +129,7 @@ class LLM:
         self._inbox = Inbox()
         self._outbox = _Outbox()
         self._ids = itertools.count(1)
-        self._ready, self._loop = _load(configure, self._inbox, self._outbox)
+        self._ready, self._loop, self._constraints = _load(configure, self._inbox, self._outbox)
 
     def get_tokenizer(self) -> Any:
         """The `tokenizers.Tokenizer` in use."""
@@ -222,9 +227,17 @@ class LLM:
         if "_loop" not in self.__dict__:
             raise RuntimeError("this LLM is closed")
         params = self._params_for(len(encoded), sampling_params)
+        distinct = {id(own): own for own in params}
+        constraints = {key: self._constraint(own) for key, own in distinct.items()}
         requests = [
             offline.core_request(
-                next(self._ids), prompt.ids, own, self._ready, self._text.encode_word, prompt.stop_ids
+                next(self._ids),
+                prompt.ids,
+                own,
+                self._ready,
+                self._text.encode_word,
+                prompt.stop_ids,
+                constraints[id(own)],
             )
             for prompt, own in zip(encoded, params, strict=True)
         ]
@@ -242,6 +255,20 @@ class LLM:
                 f"{len(failures)} of {len(requests)} requests failed; prompt {index}: {failures[first]}", kept
             )
         return outputs
+
+    def _constraint(self, params: SamplingParams) -> Constraint | None:
+        """Compiled, and kept for the run. Raises ValueError for what cannot be enforced."""
+        asked = constraint_of(params)
+        if asked is None:
+            return None
+        if self._constraints is None:
+            raise ValueError(f"{asked.param}: needs llguidance, and a model with a tokenizer.json")
+        try:
+            constraint = Constraint(grammar_of(asked.source))
+            self._constraints.compiled(constraint.grammar)
+        except RequestError as error:
+            raise ValueError(f"{asked.param}: {error.message}") from None
+        return constraint
 
     def _params_for(
         self, count: int, given: SamplingParams | Sequence[SamplingParams] | None
@@ -266,7 +293,7 @@ class LLM:
         tokens = 0
         try:
             while live:
-                self._loop.step()
+                self._loop.step(0.1)
                 for step in self._outbox.take():
                     tokens += len(step.tokens)
                     ended = self._apply(step, live, failures)
@@ -317,9 +344,12 @@ class LLM:
         return before - len(live)
 
 
-def _load(configure: Configure, inbox: Inbox, outbox: _Outbox) -> tuple[Ready, EngineLoop]:
+def _load(
+    configure: Configure, inbox: Inbox, outbox: _Outbox
+) -> tuple[Ready, EngineLoop, Constraints | None]:
     built = build(configure, lambda done, total: None)
-    return built.ready, EngineLoop.of_model(configure, built.ready, built.runner, inbox, outbox)
+    loop = EngineLoop.of_model(configure, built.ready, built.runner, inbox, outbox, built.constraints)
+    return built.ready, loop, built.constraints
 
 
 def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:

@@ -8,7 +8,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-from penstock.engine_service.core.messages import LENGTH, AddRequest, Beam, Finish, Logprobs, Ready, Sampling
+from penstock.engine_service.core.messages import (
+    LENGTH,
+    AddRequest,
+    Beam,
+    Constraint,
+    Finish,
+    Logprobs,
+    Ready,
+    Sampling,
+)
 from penstock.frontend.text.pipeline import TextPipeline
 from penstock.frontend.text.vocabulary import Vocabulary
 from penstock.local.outputs import CompletionOutput, Logprob, RequestOutput
@@ -22,9 +31,12 @@ def core_request(
     ready: Ready,
     encode_word: Callable[[str], list[list[int]]],
     turn_ends: Sequence[int] = (),
+    constraint: Constraint | None = None,
 ) -> AddRequest:
     """The core's form of a request, checked against the model's limits. encode_word: the id sequences that
-    spell a word. turn_ends: ids that end an answer as the end of sequence does. Raises ValueError."""
+    spell a word. turn_ends: ids that end an answer as the end of sequence does. Raises ValueError.
+
+    The candidates of best_of are choices for the core: they are ranked here, where their text is known."""
     _check_ids("prompt", prompt, ready.vocab_size)
     for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
         _check_ids(name, list(getattr(params, name) or ()), ready.vocab_size)
@@ -43,13 +55,13 @@ def core_request(
         id=request_id,
         prompt=ids,
         sampling=_sampling(params, encode_word),
-        n=params.n,
+        n=params.n if params.use_beam_search else params.num_candidates,
         max_new_tokens=new_tokens,
         min_new_tokens=min(params.min_tokens, new_tokens),
         stop_token_ids=list(params.stop_token_ids or ()),
         eos_token_ids=[] if params.ignore_eos else [*ready.eos_token_ids, *turn_ends],
-        best_of=0 if params.use_beam_search else params.num_candidates,
         beam=_beam(params),
+        constraint=constraint,
     )
 
 
@@ -77,9 +89,13 @@ def _sampling(params: SamplingParams, encode_word: Callable[[str], list[list[int
         logit_bias={token: float(bias) for token, bias in (params.logit_bias or {}).items()},
         allowed_token_ids=list(params.allowed_token_ids or ()),
         bad_words=[ids for word in params.bad_words or () for ids in encode_word(word)],
-        logprobs=params.logprobs,
+        logprobs=0 if params.logprobs is None and _ranks(params) else params.logprobs,
         prompt_logprobs=params.prompt_logprobs,
     )
+
+
+def _ranks(params: SamplingParams) -> bool:
+    return not params.use_beam_search and params.num_candidates > params.n
 
 
 def _check_ids(name: str, ids: Sequence[int], vocab_size: int) -> None:
@@ -101,9 +117,12 @@ class Collector:
         self._params = params
         self._vocabulary = vocabulary
         self._pipelines = [self._pipeline(request.prompt) for _ in range(request.n)]
+        self._sums = [0.0] * request.n  # of log-probabilities
         logprobs = params.logprobs is not None
-        choices = [CompletionOutput(index=i, logprobs=[] if logprobs else None) for i in range(request.n)]
-        self.output = RequestOutput(str(request.id), text, list(request.prompt), choices)
+        self._choices = [
+            CompletionOutput(index=i, logprobs=[] if logprobs else None) for i in range(request.n)
+        ]
+        self.output = RequestOutput(str(request.id), text, list(request.prompt), list(self._choices))
 
     def _pipeline(self, prompt: Sequence[int]) -> TextPipeline | None:
         if not self._params.detokenize:
@@ -133,10 +152,12 @@ class Collector:
 
     def on_token(self, choice: int, token: int, row: Logprobs | None, *, is_end: bool) -> None:
         """is_end: the token is the end of sequence, whose text is shown only with special tokens."""
-        output, pipeline = self.output.outputs[choice], self._pipelines[choice]
+        output, pipeline = self._choices[choice], self._pipelines[choice]
         if output.finish_reason is not None:
             return  # a stop string ended the choice; the core learns it when all choices have ended
         output.token_ids.append(token)
+        if row is not None:
+            self._sums[choice] += row.logprobs[0]
         if row is not None and output.logprobs is not None:
             output.logprobs.append(self._alternatives(token, row, 0))
             output.cumulative_logprob = (output.cumulative_logprob or 0.0) + row.logprobs[0]
@@ -147,7 +168,7 @@ class Collector:
             self._end(output, "stop", pipeline.hit)
 
     def on_finish(self, finish: Finish) -> None:
-        output, pipeline = self.output.outputs[finish.choice], self._pipelines[finish.choice]
+        output, pipeline = self._choices[finish.choice], self._pipelines[finish.choice]
         if output.finish_reason is not None:
             return
         if pipeline is not None:
@@ -163,7 +184,20 @@ class Collector:
     def _end(self, output: CompletionOutput, reason: str, stop_reason: int | str | None) -> None:
         output.finish_reason = reason
         output.stop_reason = stop_reason
-        self.output.finished = all(choice.finish_reason for choice in self.output.outputs)
+        self.output.finished = all(choice.finish_reason for choice in self._choices)
+        if self.output.finished and _ranks(self._params):
+            self._rank()
+
+    def _rank(self) -> None:
+        """Leaves the n best by the mean log-probability of their tokens; of equal ones the first."""
+        candidates = self._choices
+        means = [
+            total / max(1, len(own.token_ids)) for total, own in zip(self._sums, candidates, strict=True)
+        ]
+        best = sorted(range(len(candidates)), key=lambda index: -means[index])[: self._params.n]
+        self.output.outputs = [candidates[index] for index in best]
+        for place, choice in enumerate(self.output.outputs):
+            choice.index = place
 
     def _alternatives(self, token: int, rows: Logprobs, index: int) -> dict[int, Logprob]:
         """The token itself first, then the best ones by rank."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from penstock.frontend.api.ranking import MAX_BEAMS, NEUTRAL
+from penstock.local.offline_constraint import constraint_of
 
 MAX_LOGPROBS = 20
 MAX_N = 128
@@ -23,15 +24,19 @@ _INT64 = 2**63
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SamplingParams:
     """Raises ValueError that begins with the parameter's name for a value out of range, and for a feature
-    that is not served: structured outputs, and with beam search what changes probabilities.
+    that is not served: logits_processors, and with beam search what changes probabilities.
 
     temperature: [0, 2], 0 is greedy. top_p: (0, 1]. top_k: -1 or 0 for all. min_p: [0, 1]. penalties:
     presence and frequency [-2, 2], repetition (0, 2]. seed: the same seed gives the same tokens in any batch.
     max_tokens: per choice, None to the end of the context. min_tokens: bans end-of-sequence and stop tokens
     until reached. logprobs, prompt_logprobs: alternatives per token, 0..20. truncate_prompt_tokens: keeps
-    the last so many. best_of: so many candidates, of which the n of the highest mean log-probability (of all
-    their tokens, whatever stop strings cut) come back, best first. use_beam_search: with best_of or else n
+    the last so many. best_of: so many candidates, of which the n of the highest mean log-probability come
+    back, best first; a stop string ends a candidate also here. use_beam_search: with best_of or else n
     beams, at most 32; length_penalty: exponent on the length, [-5, 5]; early_stopping: true, false, "never".
+    structured_outputs (or guided_decoding, its older name): a mapping, or an object with such attributes, of
+    one of json, regex, choice, grammar, json_object, structural_tag, and beside it whitespace_pattern,
+    disable_any_whitespace, disable_additional_properties. guided_json and the others: the same as over HTTP.
+    A json is a schema, its text or a pydantic type. Not with beam search.
     """
 
     n: int = 1
@@ -64,10 +69,17 @@ class SamplingParams:
     early_stopping: bool | Literal["never"] = False
     structured_outputs: Any = None
     guided_decoding: Any = None
+    guided_json: Any = None
+    guided_regex: str | None = None
+    guided_choice: Sequence[str] | None = None
+    guided_grammar: str | None = None
+    guided_json_object: bool | None = None
+    guided_whitespace_pattern: str | None = None
     logits_processors: Any = None
 
     def __post_init__(self) -> None:
-        self._refuse_what_is_not_served()
+        if self.logits_processors:
+            raise ValueError("logits_processors: not supported by this version")
         _whole("n", self.n, 1, MAX_N)
         if self.best_of is not None:
             _whole("best_of", self.best_of, self.n, MAX_BEAMS if self.use_beam_search else MAX_N)
@@ -92,6 +104,7 @@ class SamplingParams:
         if self.truncate_prompt_tokens is not None:
             _whole("truncate_prompt_tokens", self.truncate_prompt_tokens, 1, 2**31 - 1)
         self._check_lists()
+        self._check_constraint()
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -145,15 +158,10 @@ class SamplingParams:
                 raise ValueError("logit_bias: its keys are token ids")
             _real("logit_bias", bias, -100, 100)
 
-    def _refuse_what_is_not_served(self) -> None:
-        refused = {
-            "structured_outputs": self.structured_outputs is not None,
-            "guided_decoding": self.guided_decoding is not None,
-            "logits_processors": bool(self.logits_processors),
-        }
-        for name, given in refused.items():
-            if given:
-                raise ValueError(f"{name}: not supported by this version")
+    def _check_constraint(self) -> None:
+        asked = constraint_of(self)
+        if asked is not None and self.use_beam_search:
+            raise ValueError(f"{asked.param}: not supported with beam search")
 
 
 def _is_whole(value: object) -> bool:

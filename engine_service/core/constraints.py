@@ -53,7 +53,9 @@ class Constraints:
         while True:
             params, inbox = self._questions.get()
             try:
-                inbox.put(Prepared(params.id, self._compiled(params)))
+                if params.constraint is None:
+                    raise ValueError("a request without a constraint")
+                inbox.put(Prepared(params.id, self.compiled(params.constraint.grammar)))
             except RequestError as error:
                 inbox.put(Prepared(params.id, error=error))
             except Exception:
@@ -61,10 +63,9 @@ class Constraints:
                 failed = RequestError("internal_error", "The constraint could not be compiled.")
                 inbox.put(Prepared(params.id, error=failed))
 
-    def _compiled(self, params: AddRequest) -> CompiledGrammar:
-        if params.constraint is None:
-            raise ValueError("a request without a constraint")
-        source = params.constraint.grammar
+    def compiled(self, source: str) -> CompiledGrammar:
+        """The grammar, kept for the requests that come with it. Not while others are prepared. Raises
+        GrammarError."""
         found = self._cache.get(source)
         if found is not None:
             self._cache.move_to_end(source)

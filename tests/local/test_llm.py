@@ -147,6 +147,18 @@ def test_the_best_of_several(llm: LLM) -> None:
     assert [choice.token_ids for choice in best] == [choice.token_ids for choice in ranked[:2]]
 
 
+def test_best_of_ranks_what_stop_strings_leave(llm: LLM) -> None:
+    fields: dict[str, Any] = {"temperature": 1.5, "seed": 3, "max_tokens": 40, "stop": [" ", "e", "1"]}
+    every = _generate(llm, "hello", SamplingParams(n=6, logprobs=0, **fields))[0].outputs
+    assert {choice.finish_reason for choice in every} == {"stop", "length"}
+    ranked = sorted(every, key=lambda choice: -(choice.cumulative_logprob or 0) / len(choice.token_ids))
+    best = _generate(llm, "hello", SamplingParams(n=2, best_of=6, **fields))[0].outputs
+    assert [(choice.index, choice.token_ids, choice.text, choice.stop_reason) for choice in best] == [
+        (place, choice.token_ids, choice.text, choice.stop_reason) for place, choice in enumerate(ranked[:2])
+    ]
+    assert [(choice.logprobs, choice.cumulative_logprob) for choice in best] == [(None, None)] * 2
+
+
 def test_a_stop_token_is_named(llm: LLM) -> None:
     free = _generate(llm, "hello", GREEDY)[0].outputs[0].token_ids
     token = free[4]

@@ -48,8 +48,26 @@ def test_defaults_are_those_users_know() -> None:
         ("use_beam_search", [False, True], []),
         ("length_penalty", [1.0], [0.5, 6, math.nan]),
         ("early_stopping", [False], [True, "never", "maybe"]),
-        ("structured_outputs", [None], [{"json": "{}"}]),
-        ("guided_decoding", [None], [object()]),
+        (
+            "structured_outputs",
+            [None, {"json": "{}"}, {"regex": "a", "backend": "x"}, '{"type": "null"}'],
+            [
+                {"json": "{"},
+                {"regex": "a", "choice": ["b"]},
+                {"xml": 1},
+                {"regex": ""},
+                {"json": 5},
+                7,
+                {"regex": "a", "whitespace_pattern": " "},
+            ],
+        ),
+        ("guided_decoding", [None, {"choice": ["a"]}], [object(), {"choice": []}, {"choice": "a"}]),
+        ("guided_json", [{"type": "null"}, "{}"], ["[]", "{", 5]),
+        ("guided_regex", ["a+"], ["", 5]),
+        ("guided_choice", [["a", "b"], ("a",)], [[], [""]]),
+        ("guided_grammar", ['root ::= "a"'], [""]),
+        ("guided_json_object", [True, False], []),
+        ("guided_whitespace_pattern", [], [" "]),
         ("logits_processors", [None, []], [[len]]),
     ],
 )
@@ -59,6 +77,15 @@ def test_ranges_and_the_name_in_every_refusal(name: str, good: list[Any], bad: l
     for value in bad:
         with pytest.raises(ValueError, match=rf"\A{name}: "):
             SamplingParams(**{name: value})
+
+
+def test_two_constraints_exclude_each_other_and_beams() -> None:
+    with pytest.raises(ValueError, match=r"\Aguided_regex: .*exclude"):
+        SamplingParams(guided_regex="a", structured_outputs={"regex": "a"})
+    with pytest.raises(ValueError, match=r"\Aguided_decoding: "):
+        SamplingParams(guided_decoding={"regex": "a"}, structured_outputs={"regex": "a"})
+    with pytest.raises(ValueError, match=r"\Aguided_regex: not supported with beam search"):
+        SamplingParams(guided_regex="a", use_beam_search=True)
 
 
 def test_stop_strings_need_text() -> None:
