@@ -134,6 +134,44 @@ def test_logprobs_seeds_and_stop_strings_go_with_it(client: openai.OpenAI) -> No
     assert cut.message.content == first.message.content.split("-")[0]
 
 
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+def test_best_of_n_logprobs_seeds_and_stop_strings_go_together(client: openai.OpenAI, stream: bool) -> None:
+    """The best are chosen among constrained candidates, each cut where its stop string stands."""
+
+    def ask(**fields: Any) -> list[tuple[str, str, list[float]]]:
+        extra = {"guided_regex": "[ab]{2,9}-[cd]{6}", "best_of": fields.pop("best_of", None)}
+        common: dict[str, Any] = {
+            "model": "tiny",
+            "prompt": "x",
+            "temperature": 1,
+            "max_tokens": 60,
+            "logprobs": 0,
+        }
+        create: Any = client.completions.create
+        answer = create(**common, **fields, stream=stream, extra_body=extra)
+        found: dict[int, tuple[str, str, list[float]]] = {}
+        for chunk in answer if stream else [answer]:
+            for choice in chunk.choices:
+                text, reason, scores = found.get(choice.index, ("", "", []))
+                scores = scores + (choice.logprobs.token_logprobs if choice.logprobs else [])
+                found[choice.index] = (text + choice.text, choice.finish_reason or reason, scores)
+        return [found[index] for index in range(len(found))]
+
+    every = ask(n=5, seed=11)
+    assert {reason for _, reason, _ in every} == {"stop"}
+    assert all(re.fullmatch("[ab]{2,9}-[cd]{6}", text) for text, _, _ in every)
+    assert all(len(scores) >= len(text) for text, _, scores in every)
+    assert len({text for text, _, _ in every}) > 1
+    assert ask(n=5, seed=11) == every
+    best = sorted(every, key=lambda found: -sum(found[2]) / len(found[2]))[:2]
+    assert ask(n=2, best_of=5, seed=11) == best
+
+    cut = ask(n=5, seed=11, stop=["-"])
+    assert [text for text, _, _ in cut] == [text.split("-")[0] for text, _, _ in every]
+    best = sorted(cut, key=lambda found: -sum(found[2]) / len(found[2]))[:2]
+    assert ask(n=2, best_of=5, seed=11, stop=["-"]) == best
+
+
 def test_a_text_format_constrains_nothing(client: openai.OpenAI) -> None:
     def ask(**fields: Any) -> Any:
         return client.completions.create(model="tiny", prompt="x", temperature=0, max_tokens=9, **fields)

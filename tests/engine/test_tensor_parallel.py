@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 import socket
 import time
@@ -14,12 +15,17 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
 from penstock.engine_service.config import EngineConfig
+from penstock.engine_service.core.grammar_source import grammar_of
 from penstock.engine_service.core.messages import (
+    STOP,
     AddRequest,
     Configure,
+    Constraint,
+    ConstraintSource,
     FromCore,
     LoadFailed,
     Ready,
@@ -144,9 +150,42 @@ async def test_two_ranks_say_what_transformers_says(
         assert tokens == expected
         for ours, theirs in zip(scores, expected_scores, strict=True):
             assert ours == pytest.approx(theirs, abs=1e-4)
+        if family == "llama":
+            await constrained_beside_free(engine, folder, expected[0])
         engine.process.send(Shutdown())
         assert await engine.process.end(PATIENCE_S) == 0
         assert await ended(followers[0])
+
+
+async def constrained_beside_free(engine: Core, folder: Path, free: list[int]) -> None:
+    """Two choices of each constrained request end by their grammar, and twice alike."""
+    decode = Tokenizer.from_file(str(folder / "tokenizer.json")).decode
+    pattern = "[ab]{3}-[0-9]{2}"
+    constraint = Constraint(grammar_of(ConstraintSource("regex", pattern)))
+    rounds = []
+    for first in (100, 200):
+        engine.process.send(AddRequest(first, PROMPTS[0], Sampling(temperature=0.0), max_new_tokens=NEW))
+        for number in (1, 2):
+            sampling = Sampling(temperature=1.0, seed=number, logprobs=0)
+            engine.process.send(
+                AddRequest(
+                    first + number, PROMPTS[number], sampling, n=2, max_new_tokens=20, constraint=constraint
+                )
+            )
+        tokens: dict[tuple[int, int], list[int]] = {}
+        reasons: dict[tuple[int, int], int] = {}
+        while len(reasons) < 5:
+            output: StepOutput = await engine.until(StepOutput)
+            assert not output.failures
+            for number, choice, token in zip(output.ids, output.choices, output.tokens, strict=True):
+                tokens.setdefault((number - first, choice), []).append(token)
+            reasons |= {(finish.id - first, finish.choice): finish.reason for finish in output.finished}
+        assert tokens.pop((0, 0)) == free
+        assert {reasons[key] for key in tokens} == {STOP}
+        assert all(re.fullmatch(pattern, decode(found)) for found in tokens.values())
+        rounds.append(tokens)
+    assert rounds[0] == rounds[1]
+    assert len(set(map(tuple, rounds[0].values()))) > 1
 
 
 @pytest.mark.e2e
