@@ -35,6 +35,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "activation.c": ("generic", "avx2", "avx512", "avx512bf16"),
     "kv_write.c": ("generic", "avx2", "avx512", "avx512bf16"),
     "attention.c": ("generic", "avx2", "avx512", "avx512bf16"),
+    "varlen.c": ("generic", "avx2", "avx512", "avx512bf16"),
     "linear.c": ("avx512bf16",),
     "logits.c": ("generic", "avx2", "avx512"),
     "int8.c": ("avx2", "avx512vnni"),

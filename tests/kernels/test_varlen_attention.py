@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from types import ModuleType
 
 import pytest
 import torch
 from torch import Tensor
 
-from penstock.kernels.dispatch import load
+from penstock.kernels.dispatch import implementation, load
+from penstock.kernels.native import library
 from penstock.kernels.varlen_attention import reference
 
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2}
 LENGTHS = [3, 1, 40, 40, 150, 17, 16]
 
 
-@pytest.fixture(params=["cpu", "reference"])
-def module(request: pytest.FixtureRequest) -> ModuleType:
-    return load("varlen_attention", request.param)
+@pytest.fixture(params=["cpu", "reference", *library.runnable()])
+def module(request: pytest.FixtureRequest) -> Iterator[ModuleType]:
+    """Also the native library's for every instruction set that this machine runs."""
+    best, chosen = library.library(), library.open_for(request.param)
+    if best is None or chosen is None:
+        if request.param not in ("cpu", "reference"):
+            pytest.skip(library.reason())
+        yield load("varlen_attention", request.param)
+        return
+    found = load("varlen_attention", "native")
+    library.rebind(chosen)
+    yield found
+    library.rebind(best)
 
 
 def projection(heads: int, kv_heads: int, dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -85,6 +97,32 @@ def test_an_input_of_nan_spoils_only_itself(module: ModuleType) -> None:
     assert out[4:44].isnan().all()
     assert torch.equal(out[:4], clean[:4])
     assert torch.equal(out[44:], clean[44:])
+
+
+def test_an_input_has_the_same_bits_in_any_batch(module: ModuleType) -> None:
+    """Of the native library. Torch's own products may differ in the last place."""
+    if module.__name__.endswith(("cpu", "reference")):
+        pytest.skip("not promised")
+    query, key, value = projection(4, 2, 32, torch.float32)
+    many = module.varlen_attention(query, key, value, starts_of(LENGTHS), LENGTHS, scale=0.3, before=30)
+    own = slice(84, 234)
+    alone = module.varlen_attention(
+        query[own], key[own], value[own], starts_of([150]), [150], scale=0.3, before=30
+    )
+    assert torch.equal(alone, many[own])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("reach", [None, 40])
+def test_long_inputs(dtype: torch.dtype, reach: int | None) -> None:
+    """Several blocks of rows and chunks of keys."""
+    chosen = implementation("varlen_attention", "cpu")
+    lengths = [1100, 30]
+    query, key, value = torch.randn(sum(lengths), 6, 16).to(dtype).split(2, dim=1)
+    more = {"scale": 0.3, "before": reach, "after": reach}
+    out = chosen.varlen_attention(query, key, value, starts_of(lengths), lengths, **more)
+    wanted = reference.varlen_attention(query, key, value, starts_of(lengths), lengths, **more)
+    torch.testing.assert_close(out, wanted, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
 
 
 def test_shapes_that_do_not_go_together() -> None:

@@ -6,7 +6,7 @@
  * rows beside it nor on how the segments are divided over threads.
  */
 #include "parallel.h"
-#include "products.h"
+#include "softmax.h"
 
 #include <stdatomic.h>
 #include <stdlib.h>
@@ -20,7 +20,6 @@ enum {
     MOST_DIMS = 256,
     TASKS_A_THREAD = 4
 };
-#define LOG2_E 1.44269504f
 
 struct attention {
     const char *query;
@@ -61,14 +60,6 @@ struct plan {
     float *parts; /* states of segments: high, sum, out, each for all rows */
 };
 
-PS_INLINE int mode_of(int type) {
-#if defined(__AVX512BF16__)
-    return type == PS_F32 ? MODE_F32 : MODE_PAIR;
-#else
-    return type == PS_F32 ? MODE_F32 : MODE_WIDE;
-#endif
-}
-
 static int64_t position_of(const struct attention *a, const struct group *g, int64_t row) {
     int64_t share = a->num_heads / a->kv_heads;
     return a->seq_lens[g->seq] - a->query_lens[g->seq] + (g->first_row + row) / share;
@@ -98,13 +89,6 @@ static void take_queries(const struct attention *a, const struct group *g, char 
             memcpy(rows + (size_t)(r * a->dim) * size_of(type), from, (size_t)a->dim * size_of(type));
         }
     }
-}
-
-PS_INLINE vi indices(void) {
-    vi v;
-    for (int i = 0; i < PS_LANES; i++)
-        v[i] = i;
-    return v;
 }
 
 /* Scores of one row to logits in powers of two: scaled, capped, biased, -inf where the row does not see. */
@@ -137,29 +121,6 @@ PS_INLINE float finish_scores(
         best = v_max(s, best);
     }
     return v_highest(best);
-}
-
-PS_INLINE float exp2_of(float x) {
-    return v_exp2(v_set(x))[0];
-}
-
-/* -inf where nothing has been seen, of which 0 must take the place in differences. */
-PS_INLINE float or_zero(float high) {
-    return high == -INFINITY ? 0 : high;
-}
-
-/* The weights of a row, as the second product wants them, from its logits; their sum. */
-PS_INLINE float to_weights(const float *scores, int64_t columns, float high, char *weights, int mode) {
-    vf sum = v_set(0);
-    for (int64_t i = 0; i < columns; i += PS_LANES) {
-        vf w = v_exp2(v_load(scores + i) - v_set(high));
-        sum += w;
-        if (mode == MODE_PAIR)
-            v_store_bf16((uint16_t *)weights + i, w);
-        else
-            v_store((float *)weights + i, w);
-    }
-    return v_sum(sum);
 }
 
 /* A copy of a tile's values in which tokens from `tokens` on, which are nobody's, are 0: times a weight of 0

@@ -8,7 +8,7 @@
  * of threads, so a row's result is the same bits in any batch.
  */
 #include "parallel.h"
-#include "simd.h"
+#include "transpose.h"
 
 enum {
     PANEL = 32, /* outputs */
@@ -164,31 +164,6 @@ struct packing {
     char *packed;
     int64_t stride, outputs, columns;
 };
-
-/* Lanes of 32 bits: out row i is column i. */
-PS_INLINE void transpose(__m512i r[16]) {
-    __m512i t[16];
-    for (int i = 0; i < 16; i += 2) {
-        t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-        t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-    }
-    for (int i = 0; i < 16; i += 4) {
-        r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-        r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-        r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-        r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-    }
-    for (int i = 0; i < 4; i++) {
-        __m512i low = _mm512_shuffle_i32x4(r[i], r[4 + i], 0x88), high = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0x88);
-        t[i] = _mm512_shuffle_i32x4(low, high, 0x88);
-        t[8 + i] = _mm512_shuffle_i32x4(low, high, 0xdd);
-        low = _mm512_shuffle_i32x4(r[i], r[4 + i], 0xdd);
-        high = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0xdd);
-        t[4 + i] = _mm512_shuffle_i32x4(low, high, 0x88);
-        t[12 + i] = _mm512_shuffle_i32x4(low, high, 0xdd);
-    }
-    memcpy(r, t, sizeof t);
-}
 
 static void pack_panel(void *context, int64_t panel) {
     const struct packing *p = context;
