@@ -49,3 +49,18 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., P
         return made[key]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def pooled_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """pooled_checkpoint(kind) -> a folder of support/pooled_folders.py, shared: read only."""
+    checkpoints, pooled = load_support("checkpoints"), load_support("pooled_checkpoints")
+    made: dict[str, Path] = {}
+
+    def make(kind: str) -> Path:
+        if kind not in made:
+            folder = tmp_path_factory.mktemp("models") / f"tiny-{kind}"
+            made[kind] = load_support("pooled_folders").make_folder(folder, kind, checkpoints, pooled)
+        return made[kind]
+
+    return make

@@ -6,36 +6,29 @@ No gRPC, no child processes, no HTTP. Not safe for use from several threads at o
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from tqdm import tqdm
-
-from penstock.engine_service.core.build import build
+from penstock.engine_service.core.base_loop import BaseLoop
 from penstock.engine_service.core.constraints import Constraints
 from penstock.engine_service.core.grammar_source import grammar_of
 from penstock.engine_service.core.inbox import Inbox
 from penstock.engine_service.core.loop import EngineLoop
-from penstock.engine_service.core.messages import (
-    AbortRequests,
-    AddRequest,
-    Configure,
-    Constraint,
-    FromCore,
-    Load,
-    Logprobs,
-    Ready,
-    RequestError,
-    StepOutput,
-)
+from penstock.engine_service.core.loops import make_loop
+from penstock.engine_service.core.messages import Configure, Constraint, Load, Ready, RequestError
+from penstock.engine_service.core.pooled_build import build
+from penstock.engine_service.core.pooled_loop import PooledLoop
+from penstock.engine_service.models.sentence_modules import read_prompts
 from penstock.local import model_source, offline
 from penstock.local.offline import Collector
 from penstock.local.offline_constraint import constraint_of
+from penstock.local.offline_run import GenerationRun, Outbox
 from penstock.local.offline_text import Text
 from penstock.local.outputs import RequestOutput
+from penstock.local.pooled import Floats, Input, PooledBatches, as_pairs, as_texts
 from penstock.local.sampling_params import SamplingParams
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
@@ -59,20 +52,6 @@ class _Encoded:
     stop_ids: tuple[int, ...] = ()
 
 
-class _Outbox:
-    """The loop's outbox as a list."""
-
-    def __init__(self) -> None:
-        self.messages: list[FromCore] = []
-
-    def send(self, message: FromCore) -> None:
-        self.messages.append(message)
-
-    def take(self) -> list[StepOutput]:
-        taken, self.messages = self.messages, []
-        return [message for message in taken if isinstance(message, StepOutput)]
-
-
 class LLM:
     """A loaded model. Use it as a context manager, or call close() to give its memory back."""
 
@@ -82,6 +61,7 @@ class LLM:
         *,
         tokenizer: str | Path | None = None,
         chat_template: str | None = None,
+        task: str = "auto",
         dtype: str = "auto",
         device: str = "auto",
         load_format: str = "auto",
@@ -100,9 +80,10 @@ class LLM:
         speculative_tokens: int = 7,
     ) -> None:
         """model: a folder or a hub id; None is the bundled demonstration model. tokenizer: another folder to
-        take the tokenizer from. chat_template: a path, the template itself or the name of a shipped one. 0
-        and None mean: decide from the model and the machine. Raises ModelUnavailable or ModelError, one line,
-        for a model that cannot be had or loaded."""
+        take the tokenizer from. chat_template: a path, the template itself or the name of a shipped one.
+        task: generate, embed, score or classify; auto is as the files say. 0 and None mean: decide from the
+        model and the machine. Raises ModelUnavailable or ModelError, one line, for a model that cannot be had
+        or loaded."""
         source = model_source.resolve("" if model is None else str(model))
         own = model_source.resolve(str(tokenizer)).folder if tokenizer is not None else source.folder
         self.model_id = source.model_id
@@ -125,9 +106,11 @@ class LLM:
             kv_cache_dtype=kv_cache_dtype,
             speculative=speculative,
             speculative_tokens=speculative_tokens,
+            task=task,
         )
+        self._prompts = read_prompts(source.folder)
         self._inbox = Inbox()
-        self._outbox = _Outbox()
+        self._outbox = Outbox()
         self._ids = itertools.count(1)
         self._ready, self._loop, self._constraints = _load(configure, self._inbox, self._outbox)
 
@@ -189,6 +172,70 @@ class LLM:
             encoded.append(_Encoded(rendered.text, rendered.ids, rendered.stop_ids))
         return self._run(encoded, sampling_params, use_tqdm)
 
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Class names of a classifier, in the order of `classify`'s columns."""
+        return tuple(self._ready.pooled.labels) if self._ready.pooled is not None else ()
+
+    def embed(
+        self,
+        texts: Input | Sequence[Input],
+        *,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        dimensions: int | None = None,
+        normalize: bool | None = None,
+        pooling: str | None = None,
+        truncate_prompt_tokens: int | None = None,
+        use_tqdm: bool = True,
+    ) -> Floats | list[Floats]:
+        """Vectors, float32 [texts, dimensions] in the order of the texts; with pooling "all" a list of
+        [tokens, dimensions]. A text is a string or its token ids. prompt: put before each string;
+        prompt_name: one of the model's own, which may have a default. dimensions: the first so many, if the
+        model allows it. normalize, pooling (cls, mean, last, all): None is as the model does.
+        truncate_prompt_tokens: keeps the first so many tokens, -1 as many as the model takes; longer texts
+        are an error without. Memory does not grow with the texts but for the result. Raises ValueError for
+        what cannot be served, RuntimeError for a text that fails, naming it."""
+        if prompt is None and (name := prompt_name or self._prompts.default) is not None:
+            if name not in self._prompts.by_name:
+                raise ValueError(f"prompt_name: the model has none called {name[:50]!r}")
+            prompt = self._prompts.by_name[name]
+        return self._pooled("embed").embed(
+            as_texts(texts, "texts"),
+            prompt=prompt or "",
+            dimensions=dimensions,
+            normalize=normalize,
+            pooling=pooling,
+            truncate=truncate_prompt_tokens,
+            use_tqdm=use_tqdm,
+        )
+
+    def score(
+        self,
+        text_1: str | Sequence[str],
+        text_2: str | Sequence[str],
+        *,
+        truncate_prompt_tokens: int | None = None,
+        use_tqdm: bool = True,
+    ) -> Floats:
+        """Scores of pairs, float32 [pairs]: of a cross-encoder, or the cosine of an embedder's vectors. One
+        text is paired with each of several, lists of equal length entry by entry. Otherwise as `embed`."""
+        return self._pooled("score").score(
+            as_pairs(text_1, text_2), truncate=truncate_prompt_tokens, use_tqdm=use_tqdm
+        )
+
+    def classify(
+        self,
+        texts: Input | Sequence[Input],
+        *,
+        truncate_prompt_tokens: int | None = None,
+        use_tqdm: bool = True,
+    ) -> Floats:
+        """Probabilities of a classifier, float32 [texts, labels], see `labels`. Otherwise as `embed`."""
+        return self._pooled("classify").classify(
+            as_texts(texts, "texts"), truncate=truncate_prompt_tokens, use_tqdm=use_tqdm
+        )
+
     def close(self) -> None:
         """Drops the model and its memory; the object cannot be used after it."""
         self.__dict__.pop("_loop", None)
@@ -202,6 +249,17 @@ class LLM:
         self.close()
 
     # ------------------------------------------------------------------------------------------- inside
+
+    def _open_loop(self) -> BaseLoop:
+        if "_loop" not in self.__dict__:
+            raise RuntimeError("this LLM is closed")
+        return self._loop
+
+    def _pooled(self, task: str) -> PooledBatches:
+        loop = self._open_loop()
+        if not isinstance(loop, PooledLoop):
+            raise ValueError(f"this model serves {', '.join(self._ready.tasks)}; it cannot {task}")
+        return PooledBatches(loop, self._inbox, self._outbox, self._ready, self._text)
 
     def _encode(self, prompt: Prompt) -> _Encoded:
         given: object = prompt
@@ -224,8 +282,9 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
         use_tqdm: bool,
     ) -> list[RequestOutput]:
-        if "_loop" not in self.__dict__:
-            raise RuntimeError("this LLM is closed")
+        loop = self._open_loop()
+        if not isinstance(loop, EngineLoop):
+            raise ValueError(f"this model serves {', '.join(self._ready.tasks)}; it cannot generate")
         params = self._params_for(len(encoded), sampling_params)
         distinct = {id(own): own for own in params}
         constraints = {key: self._constraint(own) for key, own in distinct.items()}
@@ -245,7 +304,7 @@ class LLM:
             request.id: Collector(request, prompt.text, own, self._text.vocabulary)
             for request, prompt, own in zip(requests, encoded, params, strict=True)
         }
-        failures = self._drive(requests, collectors, use_tqdm)
+        failures = GenerationRun(loop, self._inbox, self._outbox).run(requests, collectors, use_tqdm)
         outputs = [collectors[request.id].output for request in requests]
         if failures:
             first = min(failures)
@@ -281,75 +340,10 @@ class LLM:
             raise ValueError(f"sampling_params: {len(given)} for {count} prompts")
         return given
 
-    def _drive(
-        self, requests: list[AddRequest], collectors: dict[int, Collector], use_tqdm: bool
-    ) -> dict[int, str]:
-        """Runs all requests to their end; message of each failed one by id."""
-        live = dict(collectors)
-        failures: dict[int, str] = {}
-        for request in requests:
-            self._inbox.put(request)
-        bar = tqdm(total=len(requests), desc="prompts", unit="", disable=not use_tqdm, dynamic_ncols=True)
-        tokens = 0
-        try:
-            while live:
-                self._loop.step(0.1)
-                for step in self._outbox.take():
-                    tokens += len(step.tokens)
-                    ended = self._apply(step, live, failures)
-                    if ended:
-                        bar.set_postfix_str(
-                            f"{tokens / max(bar.format_dict['elapsed'], 1e-9):.1f} toks/s", False
-                        )
-                        bar.update(ended)
-        finally:
-            bar.close()
-            self._clear(live)
-        return failures
 
-    def _clear(self, live: dict[int, Collector]) -> None:
-        """Nothing stays in the scheduler: neither what an exception cut short, nor a stopped request whose
-        abort the core has not read yet."""
-        left = {*live, *(request.id for request in self._loop.scheduler.live())}
-        if left:
-            self._inbox.put(AbortRequests(list(left)))
-            self._loop.step()
-        while self._loop.has_work:  # a step that is still in flight
-            self._loop.step()
-        self._outbox.take()
-
-    def _apply(self, step: StepOutput, live: dict[int, Collector], failures: dict[int, str]) -> int:
-        """Hands one step's events on; how many requests it ended."""
-        before = len(live)
-        for started in step.started:
-            if started.id in live:
-                live[started.id].on_started(started.usage.cached_tokens, started.prompt_logprobs)
-        for request_id, choice, token, row, is_end in _tokens(step):
-            if request_id in live:
-                live[request_id].on_token(choice, token, row, is_end=is_end)
-        for finish in step.finished:
-            if finish.id in live:
-                live[finish.id].on_finish(finish)
-        for failure in step.failures:
-            if live.pop(failure.id, None) is not None:
-                failures[failure.id] = failure.message
-        touched = {*step.ids, *(finish.id for finish in step.finished)} & live.keys()
-        done = [request_id for request_id in touched if live[request_id].done]
-        # A request that ended by a stop string is still running for the core.
-        stopped = [request_id for request_id in done if self._loop.scheduler.get(request_id) is not None]
-        if stopped:
-            self._inbox.put(AbortRequests(stopped))
-        for request_id in done:
-            del live[request_id]
-        return before - len(live)
-
-
-def _load(
-    configure: Configure, inbox: Inbox, outbox: _Outbox
-) -> tuple[Ready, EngineLoop, Constraints | None]:
+def _load(configure: Configure, inbox: Inbox, outbox: Outbox) -> tuple[Ready, BaseLoop, Constraints | None]:
     built = build(configure, lambda done, total: None)
-    loop = EngineLoop.of_model(configure, built.ready, built.runner, inbox, outbox, built.constraints)
-    return built.ready, loop, built.constraints
+    return built.ready, make_loop(configure, built, inbox, outbox), built.constraints
 
 
 def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
@@ -361,12 +355,3 @@ def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
     if prompts and isinstance(prompts[0], int):
         return [prompts]  # type: ignore[list-item]
     return prompts  # type: ignore[return-value]
-
-
-def _tokens(step: StepOutput) -> Iterator[tuple[int, int, int, Logprobs | None, bool]]:
-    """(request, choice, token, log-probabilities, whether it is the end of sequence) of each token."""
-    ends = {(finish.id, finish.choice) for finish in step.finished if finish.stopped_by_eos}
-    last = {key: index for index, key in enumerate(zip(step.ids, step.choices, strict=True)) if key in ends}
-    for index, (request_id, choice) in enumerate(zip(step.ids, step.choices, strict=True)):
-        is_end = last.get((request_id, choice)) == index
-        yield request_id, choice, step.tokens[index], step.logprobs.get(index), is_end

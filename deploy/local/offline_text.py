@@ -16,6 +16,7 @@ from penstock.protos.settings import ConfigError
 from penstock.tokenizer_service import chat_template as chat_template_of
 from penstock.tokenizer_service import renderer, tokenizer, tokenizer_files
 from penstock.tokenizer_service.render_pool import RenderJob
+from penstock.tokenizer_service.tokenizer import Encoded, EncodeOptions
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +50,12 @@ class Text:
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         return self._loaded.encode_prompt(text, add_special_tokens)
+
+    def encode_rows(self, texts: Sequence[str], others: Sequence[str], truncate: int | None) -> list[Encoded]:
+        """With special tokens, each text alone, or with the one at its place in `others`; the first
+        `truncate` ids."""
+        options = EncodeOptions(truncate=truncate, keep_last=False)
+        return self._loaded.encode(texts, others, options)
 
     def encode_word(self, word: str) -> list[list[int]]:
         """The id sequences that spell a word, at the start of a text and after a space."""

@@ -14,8 +14,8 @@ from penstock.engine_service.core.messages import Configure, PooledFacts, Ready,
 from penstock.engine_service.core.pooled_runner import PooledRunner
 from penstock.engine_service.models.errors import ModelError
 from penstock.engine_service.models.pooled import PooledInfo
+from penstock.engine_service.models.pooled_build import build_pooled
 from penstock.engine_service.models.pooled_config import read_pooled_info
-from penstock.engine_service.models.pooled_registry import build_pooled
 
 
 @dataclass(frozen=True, slots=True)
