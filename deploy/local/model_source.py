@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 DEMO_ID = "penstock-demo"
 DEMO_FOLDER = Path(__file__).parent / "demo" / "model"
@@ -69,6 +70,15 @@ def default_id(name: str) -> str:
         return DEMO_ID
     folder = Path(name).expanduser()
     return folder.resolve().name if folder.is_dir() else name
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The model's config.json; empty when it cannot be read, which its engine will tell."""
+    try:
+        config = json.loads(folder.joinpath("config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return config if isinstance(config, dict) else {}
 
 
 def has_chat_template(folder: Path) -> bool:

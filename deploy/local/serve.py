@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import json
 import logging
 import os
-import shlex
 import shutil
 import socket
 import sys
@@ -17,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from penstock.local import cores, model_source, readiness
+from penstock.local import cores, first_request, model_source, readiness
 from penstock.local.child import Child, ChildSpec
 from penstock.local.options import ModelPlan, ServePlan, known_variables
 from penstock.local.relay import Relay
@@ -181,26 +179,9 @@ def _announce(
     relay.write(
         f"\nPenstock is ready after {seconds:.1f} s at {url}/v1\n"
         f"  models: {', '.join(ids)}\n"
-        f"  try:    {_curl(plan.models[0], address, frontend.root_path, keyed)}\n\n"
+        f"  try:    {first_request.curl(plan.models, address, frontend.root_path, keyed=keyed)}\n\n"
     )
     if any(model.source.name == model_source.DEMO_ID for model in plan.models):
         log.info(
             "%s is a small demonstration model; `penstock serve MODEL` serves yours", model_source.DEMO_ID
         )
-
-
-def _curl(model: ModelPlan, address: str, root_path: str, keyed: bool) -> str:
-    """A command to paste. The key stays out of terminals and logs."""
-    if address.startswith("unix:"):
-        where = f"--unix-socket {address.removeprefix('unix:')} http://localhost{root_path}"
-    else:
-        where = f"http://{address}{root_path}"
-    body: dict[str, Any] = {"model": model.ids[0]}
-    templates = model.tokenizer.config
-    chats = bool(templates.chat_template or templates.custom_chat_template or templates.role_table)
-    if chats or model_source.has_chat_template(model.source.folder):
-        path, body["messages"] = "/v1/chat/completions", [{"role": "user", "content": "Hello!"}]
-    else:
-        path, body["prompt"] = "/v1/completions", "Hello"
-    key = ' -H "Authorization: Bearer $KEY"' if keyed else ""
-    return f"curl {where}{path} -H 'Content-Type: application/json'{key} -d {shlex.quote(json.dumps(body))}"

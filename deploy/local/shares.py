@@ -8,7 +8,6 @@ of them works at a time, and gets all.
 
 from __future__ import annotations
 
-import json
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from typing import Any
 
 from penstock.engine_service.config import EngineConfig
 from penstock.engine_service.machine import available_memory, default_cache_bytes, has_gpu
+from penstock.local import model_source
 
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
 # Beside weights and KV cache on a device: its libraries, recorded steps, activations.
@@ -80,17 +80,15 @@ def _cache(engine: EngineConfig, size: int) -> Share:
 
 
 def generates(engine: EngineConfig) -> bool:
-    """Whether the model keeps keys and values, as far as its files tell at a glance: those that only embed or
-    score keep none. A wrong guess costs others a part of their cache, or leaves an engine to its default."""
+    """Whether the model generates text, and so keeps keys and values, as far as its task and its files tell
+    at a glance. A wrong guess costs others a part of their cache, or leaves an engine to its default."""
+    if engine.task in ("generate", "embed", "embedding", "classify"):
+        return engine.task == "generate"
     folder = Path(engine.model)
     if folder.joinpath("modules.json").is_file():  # sentence-transformers
         return False
-    try:
-        config = json.loads(folder.joinpath("config.json").read_text(encoding="utf-8"))
-        names = [str(name) for name in config["architectures"]]
-    except (OSError, ValueError, KeyError, TypeError):
-        return True
-    return not names or any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names)
+    names = model_source.read_config(folder).get("architectures") or ["ForCausalLM"]
+    return any(str(name).endswith(("ForCausalLM", "LMHeadModel")) for name in names)
 
 
 def weight_bytes(engine: EngineConfig) -> int:
