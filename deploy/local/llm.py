@@ -1,12 +1,14 @@
 """Offline batches: the same scheduler, model code and text pipeline as the services, in this process.
 
-No gRPC, no child processes, no HTTP. Not safe for use from several threads at once.
+No gRPC, no child processes, no HTTP. Calls from several threads wait for each other.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -112,6 +114,7 @@ class LLM:
         self._inbox = Inbox()
         self._outbox = Outbox()
         self._ids = itertools.count(1)
+        self._turn = threading.Lock()
         self._ready, self._loop, self._constraints = _load(configure, self._inbox, self._outbox)
 
     def get_tokenizer(self) -> Any:
@@ -200,15 +203,16 @@ class LLM:
             if name not in self._prompts.by_name:
                 raise ValueError(f"prompt_name: the model has none called {name[:50]!r}")
             prompt = self._prompts.by_name[name]
-        return self._pooled("embed").embed(
-            as_texts(texts, "texts"),
-            prompt=prompt or "",
-            dimensions=dimensions,
-            normalize=normalize,
-            pooling=pooling,
-            truncate=truncate_prompt_tokens,
-            use_tqdm=use_tqdm,
-        )
+        with self._pooled("embed") as batches:
+            return batches.embed(
+                as_texts(texts, "texts"),
+                prompt=prompt or "",
+                dimensions=dimensions,
+                normalize=normalize,
+                pooling=pooling,
+                truncate=truncate_prompt_tokens,
+                use_tqdm=use_tqdm,
+            )
 
     def score(
         self,
@@ -220,9 +224,8 @@ class LLM:
     ) -> Floats:
         """Scores of pairs, float32 [pairs]: of a cross-encoder, or the cosine of an embedder's vectors. One
         text is paired with each of several, lists of equal length entry by entry. Otherwise as `embed`."""
-        return self._pooled("score").score(
-            as_pairs(text_1, text_2), truncate=truncate_prompt_tokens, use_tqdm=use_tqdm
-        )
+        with self._pooled("score") as batches:
+            return batches.score(as_pairs(text_1, text_2), truncate=truncate_prompt_tokens, use_tqdm=use_tqdm)
 
     def classify(
         self,
@@ -232,9 +235,14 @@ class LLM:
         use_tqdm: bool = True,
     ) -> Floats:
         """Probabilities of a classifier, float32 [texts, labels], see `labels`. Otherwise as `embed`."""
-        return self._pooled("classify").classify(
-            as_texts(texts, "texts"), truncate=truncate_prompt_tokens, use_tqdm=use_tqdm
-        )
+        with self._pooled("classify") as batches:
+            return batches.classify(
+                as_texts(texts, "texts"), truncate=truncate_prompt_tokens, use_tqdm=use_tqdm
+            )
+
+    @property
+    def closed(self) -> bool:
+        return "_loop" not in self.__dict__
 
     def close(self) -> None:
         """Drops the model and its memory; the object cannot be used after it."""
@@ -251,15 +259,17 @@ class LLM:
     # ------------------------------------------------------------------------------------------- inside
 
     def _open_loop(self) -> BaseLoop:
-        if "_loop" not in self.__dict__:
+        if self.closed:
             raise RuntimeError("this LLM is closed")
         return self._loop
 
-    def _pooled(self, task: str) -> PooledBatches:
+    @contextmanager
+    def _pooled(self, task: str) -> Iterator[PooledBatches]:
         loop = self._open_loop()
         if not isinstance(loop, PooledLoop):
             raise ValueError(f"this model serves {', '.join(self._ready.tasks)}; it cannot {task}")
-        return PooledBatches(loop, self._inbox, self._outbox, self._ready, self._text)
+        with self._turn:
+            yield PooledBatches(loop, self._inbox, self._outbox, self._ready, self._text)
 
     def _encode(self, prompt: Prompt) -> _Encoded:
         given: object = prompt
@@ -304,7 +314,8 @@ class LLM:
             request.id: Collector(request, prompt.text, own, self._text.vocabulary)
             for request, prompt, own in zip(requests, encoded, params, strict=True)
         }
-        failures = GenerationRun(loop, self._inbox, self._outbox).run(requests, collectors, use_tqdm)
+        with self._turn:
+            failures = GenerationRun(loop, self._inbox, self._outbox).run(requests, collectors, use_tqdm)
         outputs = [collectors[request.id].output for request in requests]
         if failures:
             first = min(failures)

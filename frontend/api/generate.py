@@ -129,7 +129,7 @@ def _marks(request: GenerationRequest) -> dict[str, str]:
 
 
 def _about(exchange: Exchange, request: GenerationRequest) -> dict[str, Any]:
-    """What a whole answer tells of its request: the caller's own marks, and the milliseconds since it came."""
+    """What a whole answer tells of its request: the caller's own marks, and the milliseconds it took."""
     own = request.metadata
     # Clients' types for it know texts only, and warn of everything else.
     shown = own is not None and all(isinstance(value, str) for value in own.values())

@@ -24,7 +24,8 @@ async def test_plain_stream_byte_for_byte(served: Any, fakes: Any) -> None:
     assert text == (
         head + choice + f'"text":"{first}","logprobs":null,"finish_reason":null}}]}}\n\n'
         + head + choice + f'"text":"{second}","logprobs":null,"finish_reason":null}}]}}\n\n'
-        + head + '"system_fingerprint":"fp",' + choice + '"text":"","logprobs":null,"finish_reason":"length","stop_reason":null}]}\n\n'
+        + head + '"system_fingerprint":"fp",' + choice
+        + '"text":"","logprobs":null,"finish_reason":"length","stop_reason":null}]}\n\n'
         + "data: [DONE]\n\n"
     )  # fmt: skip
 
