@@ -35,6 +35,18 @@ try:
 except litellm.NotFoundError:
     print("unknown model: NotFoundError")
 
+# The model list of a proxy's file: callers know the alias alone.
+router = litellm.Router(
+    model_list=[
+        {
+            "model_name": "my-model",
+            "litellm_params": {"model": f"openai/{model}", "api_base": base, "api_key": "EMPTY"},
+        }
+    ]
+)
+answer = router.completion(model="my-model", messages=messages, temperature=0)
+print("alias:", answer.choices[0].message.content)
+
 answers = litellm.batch_completion(
     model=f"hosted_vllm/{model}",
     api_base=base,

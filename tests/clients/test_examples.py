@@ -28,6 +28,7 @@ PROMISED = {
         f"openai: {PARIS}",
         f"hosted_vllm: {PARIS}",
         f"stream: {PARIS}",
+        f"alias: {PARIS}",
         "unknown model: NotFoundError",
         "batch: 1 of 5",
     ],
@@ -50,6 +51,7 @@ PROMISED = {
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in EXAMPLES.iterdir()))
+@pytest.mark.row("A1.16", "A10.1", "A10.8", "A11.1", "A11.2", "A11.3", "A11.4", "A11.5", "A11.6", "A11.9")
 def test_an_example_runs(name: str, run_client: Callable[..., str]) -> None:
     printed = run_client(name)
     for words in PROMISED[name]:

@@ -19,6 +19,7 @@ pytestmark = pytest.mark.e2e
 RUN = "import runpy, sys; sys.path += sys.argv.pop(1).split(':'); runpy.run_path(sys.argv.pop(1))"
 
 
+@pytest.mark.row("A9.4", "A9.5")
 def test_litellm_generates_in_process() -> None:
     packages = [str(path) for path in CLIENTS.glob("lib/python*/site-packages")]
     if not packages:

@@ -124,6 +124,7 @@ def test_the_cases_are_many_and_name_every_field() -> None:
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
 @pytest.mark.parametrize("name", KINDS)
+@pytest.mark.row("D1", "D5")
 async def test_each_is_refused_by_name_before_anything_runs(served: Any, name: str, stream: bool) -> None:
     _, path, valid = KINDS[name]
     limit = asyncio.Semaphore(8)

@@ -20,6 +20,7 @@ def golden(text: str) -> str:
     return re.sub(r'"created":\d{10}', '"created":0', text)
 
 
+@pytest.mark.row("A3.9", "D1", "D2")
 async def test_plain_stream_byte_for_byte(served: Any, fakes: Any) -> None:
     served.engine.script = lambda request: fakes.Script(
         [[40, 41, 2]], finish=fakes.STOP, stop_token_id=2, by_eos=True
@@ -42,6 +43,7 @@ async def test_plain_stream_byte_for_byte(served: Any, fakes: Any) -> None:
     )  # fmt: skip
 
 
+@pytest.mark.row("A10.7", "D8")
 async def test_whole_answer(served: Any, fakes: Any) -> None:
     served.engine.script = lambda request: fakes.Script([[40, 41]], finish=fakes.STOP, cached=4)
     answer = await served.chat("hi", seed=1)
@@ -79,6 +81,7 @@ async def test_whole_answer(served: Any, fakes: Any) -> None:
     assert int(answer.headers["openai-processing-ms"]) >= 0
 
 
+@pytest.mark.row("A3.5", "D2")
 async def test_several_choices(served: Any) -> None:
     whole = (await served.post(CHAT, {**HI, "n": 3, "max_tokens": 4})).json()
     assert [choice["index"] for choice in whole["choices"]] == [0, 1, 2]
@@ -99,6 +102,7 @@ async def test_several_choices(served: Any) -> None:
     assert len({(chunk["id"], chunk["created"], chunk["model"]) for chunk in chunks}) == 1
 
 
+@pytest.mark.row("A3.27", "D3")
 async def test_usage_only_when_asked(served: Any) -> None:
     plain = await served.events(CHAT, {**HI, "max_tokens": 2})
     assert all("usage" not in chunk and chunk["choices"] for chunk in plain[:-1])
@@ -118,6 +122,7 @@ async def test_usage_only_when_asked(served: Any) -> None:
     assert counts[-1] == 3
 
 
+@pytest.mark.row("D6")
 async def test_logprobs(served: Any, fakes: Any) -> None:
     # 200 is half a character: its bytes are right where its text is not.
     served.engine.script = lambda request: fakes.Script([[40, 200, 41]])
@@ -143,6 +148,7 @@ async def test_logprobs(served: Any, fakes: Any) -> None:
     assert streamed == content
 
 
+@pytest.mark.row("D6")
 async def test_infinite_logprobs_become_numbers(served: Any, fakes: Any, monkeypatch: Any) -> None:
     monkeypatch.setattr(
         fakes, "fake_row", lambda token, k: (-float("inf"), 9, [token] * k, [-float("inf")] * k)
@@ -154,6 +160,7 @@ async def test_infinite_logprobs_become_numbers(served: Any, fakes: Any, monkeyp
     assert entry["top_logprobs"][0]["logprob"] == -9999.0
 
 
+@pytest.mark.row("A3.18", "D7")
 async def test_stop_reason(served: Any, fakes: Any) -> None:
     token = served.tokenizer.tokenizer.encode("fox").ids
     served.engine.script = lambda request: fakes.Script([[40, *token, 41, 41, 41]])
@@ -166,6 +173,7 @@ async def test_stop_reason(served: Any, fakes: Any) -> None:
     assert body["choices"][0]["stop_reason"] == 41
 
 
+@pytest.mark.row("D8")
 async def test_no_text_is_an_empty_string_and_not_absent(served: Any, fakes: Any) -> None:
     served.engine.script = lambda request: fakes.Script(
         [[2]], finish=fakes.STOP, stop_token_id=2, by_eos=True
@@ -188,6 +196,7 @@ async def test_token_ids_on_demand(served: Any) -> None:
     ]
 
 
+@pytest.mark.row("A5.1")
 async def test_prompt_logprobs(served: Any, fakes: Any) -> None:
     body = (await served.post(CHAT, {**HI, "max_tokens": 1, "prompt_logprobs": 2})).json()
     ids = list(served.engine.requests[-1].prompt_ids.ids)
@@ -202,6 +211,7 @@ async def test_prompt_logprobs(served: Any, fakes: Any) -> None:
         assert isinstance(row[str(token)]["decoded_token"], str)
 
 
+@pytest.mark.row("D2")
 async def test_no_chunk_before_the_prompt_is_computed(served: Any, tools: Any) -> None:
     served.engine.running.clear()
     connection = await served.connect()
@@ -219,6 +229,7 @@ async def test_no_chunk_before_the_prompt_is_computed(served: Any, tools: Any) -
     assert body.endswith(b"data: [DONE]\n\n")
 
 
+@pytest.mark.row("D1")
 async def test_comments_keep_a_silent_stream_open(serve: Any, tools: Any) -> None:
     served = await serve(sse_keepalive_seconds=0.05)
     served.engine.running.clear()

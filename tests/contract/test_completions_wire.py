@@ -12,6 +12,7 @@ from penstock.protos.errors import ApiError
 PATH = "/v1/completions"
 
 
+@pytest.mark.row("A4.8", "D1")
 async def test_plain_stream_byte_for_byte(served: Any, fakes: Any) -> None:
     served.engine.script = lambda request: fakes.Script([[40, 41]])
     answer = await served.post(PATH, {"prompt": "hi", "stream": True})
@@ -34,6 +35,7 @@ async def test_plain_stream_byte_for_byte(served: Any, fakes: Any) -> None:
     ("prompt", "num_prompts"),
     [("hi there", 1), (["hi", "there"], 2), ([40, 41, 42], 1), ([[40, 41], [42], [43]], 3)],
 )
+@pytest.mark.row("A4.2", "A2.2")
 async def test_prompt_shapes(served: Any, prompt: Any, num_prompts: int) -> None:
     body = (await served.complete(prompt, n=2, max_tokens=3)).json()
     assert [choice["index"] for choice in body["choices"]] == list(range(2 * num_prompts))
@@ -57,11 +59,13 @@ async def test_prompt_shapes(served: Any, prompt: Any, num_prompts: int) -> None
         assert [c["finish_reason"] for c in own] == [None] * (len(own) - 1) + ["length"]
 
 
+@pytest.mark.row("A4.4", "D9")
 async def test_default_limit_is_16(served: Any) -> None:
     assert (await served.complete()).json()["usage"]["completion_tokens"] == 16
     assert (await served.complete(max_tokens=None)).json()["usage"]["completion_tokens"] == 16
 
 
+@pytest.mark.row("A4.9", "D6")
 async def test_logprobs(served: Any, fakes: Any) -> None:
     fox = served.tokenizer.tokenizer.encode("fox").ids
     ids = [40, *fox, 41]
@@ -87,6 +91,7 @@ async def test_logprobs(served: Any, fakes: Any) -> None:
     assert [len(top) for top in zero["top_logprobs"]] == [1] * len(ids)
 
 
+@pytest.mark.row("D6")
 async def test_offsets_advance_by_tokens_not_by_released_text(served: Any, fakes: Any) -> None:
     # "The qui" may begin the stop string, so its text waits; its tokens do not.
     ids = served.tokenizer.tokenizer.encode("The quick brown").ids
@@ -99,6 +104,7 @@ async def test_offsets_advance_by_tokens_not_by_released_text(served: Any, fakes
     assert "".join(c["choices"][0]["text"] for c in chunks).startswith("The quick brown")
 
 
+@pytest.mark.row("A5.3")
 async def test_prompt_logprobs_and_token_ids_per_choice(served: Any) -> None:
     body = (
         await served.complete(

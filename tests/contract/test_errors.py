@@ -26,6 +26,7 @@ def check(answer: Any, reason: str, status: int, param: str | None = None) -> di
     return error
 
 
+@pytest.mark.row("D1")
 async def test_refusals_of_the_engine_come_before_the_200(served: Any, fakes: Any) -> None:
     def script(request: Any) -> Any:
         return fakes.Script([[]], refuse=ApiError(reason, "no", "some_param"))
@@ -53,6 +54,7 @@ MALFORMED = [
 ]
 
 
+@pytest.mark.row("A11.2")
 async def test_malformed_json(served: Any) -> None:
     for body, line in MALFORMED:
         answer = await served.client.post(
@@ -93,10 +95,12 @@ async def test_media_type(served: Any) -> None:
         assert answer.status_code == 200
 
 
+@pytest.mark.row("A3.2", "A4.1")
 async def test_unknown_things(serve: Any) -> None:
     served = await serve()
     error = check(await served.chat(model="nope"), "model_not_found", 404, "model")
     assert "fake-model" in error["message"]
+    check(await served.complete(model="nope"), "model_not_found", 404, "model")
     check(await served.get("/v1/models/nope"), "model_not_found", 404, "model")
     check(await served.get("/v1/nothing/here"), "unknown_url", 404)
     answer = await served.get("/v1/chat/completions")
@@ -119,6 +123,7 @@ async def test_body_too_large(serve: Any) -> None:
     assert (await served.complete(max_tokens=1)).status_code == 200
 
 
+@pytest.mark.row("D9")
 async def test_prompt_too_long(serve: Any) -> None:
     served = await serve({"max_model_len": 16})
     for stream in (False, True):
@@ -127,6 +132,7 @@ async def test_prompt_too_long(serve: Any) -> None:
         check(await served.chat("no" * 40, stream=stream), "context_length_exceeded", 400, "messages")
 
 
+@pytest.mark.row("D9")
 async def test_output_beyond_the_context_is_clamped_unless_strict(serve: Any) -> None:
     served = await serve({"max_model_len": 16})
     answer = await served.complete([7] * 10, max_tokens=100)
@@ -181,6 +187,7 @@ async def test_deadline_reaches_the_engine(served: Any) -> None:
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+@pytest.mark.row("D5")
 async def test_error_in_mid_stream(served: Any, fakes: Any, tools: Any, path: str) -> None:
     served.engine.script = lambda request: fakes.Script(
         [served.engine.tokens_for(request, 0, 9)],

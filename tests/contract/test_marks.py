@@ -14,6 +14,7 @@ SENDERS = ["chat", "complete"]
 
 
 @pytest.mark.parametrize("kind", SENDERS)
+@pytest.mark.row("A10.3")
 async def test_metadata_of_any_form_is_taken_and_texts_come_back(served: Any, kind: str) -> None:
     send = getattr(served, kind)
     for metadata in (MARKS, {}, {str(i): "x" * 1000 for i in range(100)}, NESTED):
@@ -26,6 +27,7 @@ async def test_metadata_of_any_form_is_taken_and_texts_come_back(served: Any, ki
     assert (await send(max_tokens=1, metadata=NESTED, stream=True)).status_code == 200
 
 
+@pytest.mark.row("A3.13", "A4.16", "A10.3")
 async def test_the_record_has_the_callers_marks_on_one_line(served: Any, caplog: Any) -> None:
     caplog.set_level(logging.INFO, "penstock.frontend.usage")
     await served.chat(max_tokens=1, user="a\nb" * 100, metadata={**NESTED, "long": "y\n" * 5000})
@@ -40,6 +42,7 @@ async def test_the_record_has_the_callers_marks_on_one_line(served: Any, caplog:
 
 
 @pytest.mark.parametrize("kind", SENDERS)
+@pytest.mark.row("A10.7")
 async def test_an_answer_tells_its_milliseconds(served: Any, kind: str) -> None:
     served.engine.step_delay_s = 0.02
     answer = await getattr(served, kind)(max_tokens=3)
@@ -50,6 +53,7 @@ async def test_an_answer_tells_its_milliseconds(served: Any, kind: str) -> None:
     assert int(answer.headers["openai-processing-ms"]) >= int(told)
 
 
+@pytest.mark.row("A10.7")
 async def test_the_official_client_takes_all_of_it(served: Any, fakes: Any) -> None:
     served.engine.script = lambda request: fakes.Script([[40, 41]], finish=fakes.STOP)
     async with openai.AsyncOpenAI(base_url=served.base_url, api_key="EMPTY", max_retries=0) as client:
@@ -69,6 +73,7 @@ async def test_the_official_client_takes_all_of_it(served: Any, fakes: Any) -> N
     assert str(whole.system_fingerprint).startswith("penstock-0-float32-tp1-")
 
 
+@pytest.mark.row("A10.7")
 async def test_the_fingerprint_is_that_of_the_computation(serve: Any) -> None:
     async def told(**options: Any) -> str:
         served = await serve(options.pop("engine", None), **options)

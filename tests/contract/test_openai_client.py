@@ -10,7 +10,7 @@ from typing import Any
 import openai
 import pytest
 
-from penstock.protos.errors import ApiError
+from penstock.protos.errors import KINDS, ApiError
 
 
 @contextmanager
@@ -31,6 +31,7 @@ async def in_thread(served: Any, work: Callable[[openai.OpenAI], Any], **options
 MESSAGES: Any = [{"role": "user", "content": "hi"}]
 
 
+@pytest.mark.row("A2.3", "A10.1", "A11.1")
 async def test_chat(served: Any) -> None:
     def work(client: openai.OpenAI) -> Any:
         whole = client.chat.completions.create(model="fake-model", messages=MESSAGES, max_tokens=6, seed=3)
@@ -54,6 +55,7 @@ async def test_chat(served: Any) -> None:
     assert whole._request_id == whole.id.removeprefix("chatcmpl-")
 
 
+@pytest.mark.row("D2", "A11.1")
 async def test_stream_helper(served: Any, fakes: Any) -> None:
     served.engine.script = lambda request: fakes.Script([[40] * 5, [41] * 5], finish=fakes.STOP)
     async with (
@@ -69,6 +71,7 @@ async def test_stream_helper(served: Any, fakes: Any) -> None:
     assert all(choice.logprobs and len(choice.logprobs.content or []) == 5 for choice in final.choices)
 
 
+@pytest.mark.row("A2.2", "A4.8")
 async def test_completions(served: Any) -> None:
     def work(client: openai.OpenAI) -> Any:
         created = client.completions.create(
@@ -87,6 +90,7 @@ async def test_completions(served: Any) -> None:
     assert served.engine.requests[-1].sampling.temperature == 0
 
 
+@pytest.mark.row("A5.9", "A10.3")
 async def test_extra_body_and_request_id(served: Any) -> None:
     def work(client: openai.OpenAI) -> Any:
         return client.completions.create(
@@ -103,6 +107,7 @@ async def test_extra_body_and_request_id(served: Any) -> None:
     assert served.engine.requests[-1].request_id == "completion-test"
 
 
+@pytest.mark.row("A2.7")
 async def test_without_v1(served: Any) -> None:
     answer = await in_thread(
         served,
@@ -112,6 +117,7 @@ async def test_without_v1(served: Any) -> None:
     assert answer.choices
 
 
+@pytest.mark.row("A1.15")
 async def test_prefixed_base_url(serve: Any) -> None:
     served = await serve(root_path="/v2/ID/openai")
     for base_url in (served.url + "/v2/ID/openai/v1", served.base_url):
@@ -120,6 +126,7 @@ async def test_prefixed_base_url(serve: Any) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama2:70b", "org/model", "openchat/openchat-3.5-0106"])
+@pytest.mark.row("A1.13", "A2.1")
 async def test_models(serve: Any, name: str) -> None:
     served = await serve({"model": name, "aliases": ["short"]})
     models = await in_thread(served, lambda c: list(c.models.list()))
@@ -133,29 +140,44 @@ async def test_models(serve: Any, name: str) -> None:
     assert answer.model == name
 
 
-@pytest.mark.parametrize(
-    ("reason", "kind"),
-    [
-        ("context_length_exceeded", openai.BadRequestError),
-        ("model_not_found", openai.NotFoundError),
-        ("queue_full", openai.RateLimitError),
-        ("internal_error", openai.InternalServerError),
-        ("engine_unavailable", openai.InternalServerError),
-    ],
-)
-async def test_exceptions(served: Any, fakes: Any, reason: str, kind: type[openai.APIStatusError]) -> None:
-    served.engine.script = lambda request: fakes.Script([[]], refuse=ApiError(reason, "why", "field"))
-
-    def work(client: openai.OpenAI) -> None:
-        client.chat.completions.create(model="fake-model", messages=MESSAGES, stream=True)
-
-    with pytest.raises(kind) as caught:
-        await in_thread(served, work)
-    assert caught.value.code == reason
-    assert caught.value.param == "field"
-    assert caught.value.request_id
+# What the client raises for each status; for what has no class of its own, the class of them all.
+CLASSES: dict[int, type[openai.APIStatusError]] = {
+    400: openai.BadRequestError,
+    401: openai.AuthenticationError,
+    404: openai.NotFoundError,
+    429: openai.RateLimitError,
+    500: openai.InternalServerError,
+    503: openai.InternalServerError,
+    504: openai.InternalServerError,
+}
 
 
+@pytest.mark.row("A10.2", "D5")
+async def test_exceptions(served: Any, fakes: Any) -> None:
+    """Every row of the error table, whole and streamed."""
+
+    def work(client: openai.OpenAI, stream: bool) -> openai.APIStatusError | None:
+        try:
+            client.chat.completions.create(model="fake-model", messages=MESSAGES, stream=stream)
+        except openai.APIStatusError as error:
+            return error
+        return None
+
+    for reason, kind in KINDS.items():
+        if reason == "client_disconnected":
+            continue
+        refusal = ApiError(reason, "why", "field")
+        served.engine.script = lambda request, refusal=refusal: fakes.Script([[]], refuse=refusal)
+        for stream in (False, True):
+            error = await in_thread(served, lambda client, stream=stream: work(client, stream))
+            assert type(error) is CLASSES.get(kind.http_status, openai.APIStatusError), reason
+            code = "unsupported_parameter" if reason == "unimplemented" else reason
+            assert (error.status_code, error.code, error.type) == (kind.http_status, code, kind.type)
+            assert (error.param, error.body["message"]) == ("field", "why")
+            assert error.request_id
+
+
+@pytest.mark.row("A1.7", "A10.2")
 async def test_wrong_key(serve: Any) -> None:
     served = await serve(api_key=("right",))
     with pytest.raises(openai.AuthenticationError) as caught:
@@ -164,6 +186,7 @@ async def test_wrong_key(serve: Any) -> None:
     assert await in_thread(served, lambda c: list(c.models.list()), api_key="right")
 
 
+@pytest.mark.row("D5")
 async def test_error_in_mid_stream_raises(served: Any, fakes: Any) -> None:
     served.engine.script = lambda request: fakes.Script(
         [[40] * 9], error=ApiError("engine_lost", "gone"), error_after=3

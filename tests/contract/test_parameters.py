@@ -40,6 +40,7 @@ def reach(message: Any, path: str) -> Any:
     return message if isinstance(message, int | float | str | bool) else list(message)
 
 
+@pytest.mark.row("A3.3", "A3.4", "A3.10", "A3.11", "A3.23", "A4.5", "A4.6", "A4.7", "A4.13", "A4.15")
 async def test_what_reaches_the_engine(served: Any) -> None:
     for fields, path, value in REACHES:
         for send in (served.chat, served.complete):
@@ -50,11 +51,13 @@ async def test_what_reaches_the_engine(served: Any) -> None:
             assert "x-penstock-ignored" not in answer.headers
 
 
+@pytest.mark.row("A3.7")
 async def test_seed_minus_one_is_none(served: Any) -> None:
     await served.chat(seed=-1, max_tokens=1)
     assert not served.engine.requests[-1].sampling.HasField("seed")
 
 
+@pytest.mark.row("A3.6", "D9")
 async def test_chat_limits(served: Any, fakes: Any) -> None:
     await served.chat(max_tokens=9, max_completion_tokens=3)
     assert served.engine.requests[-1].stop.max_new_tokens == 3
@@ -67,6 +70,7 @@ async def test_chat_limits(served: Any, fakes: Any) -> None:
     assert list(request.stop.stop_token_ids) == [served.tokenizer.eos_id]
 
 
+@pytest.mark.row("A3.8", "A3.26", "A4.11")
 async def test_stop_token_ids_and_stop_strings(served: Any) -> None:
     await served.chat(stop_token_ids=[5, 2, 5], max_tokens=1)
     assert list(served.engine.requests[-1].stop.stop_token_ids) == [5, 2]
@@ -77,6 +81,7 @@ async def test_stop_token_ids_and_stop_strings(served: Any) -> None:
     assert kept["choices"][0]["text"] == whole[:7]
 
 
+@pytest.mark.row("A3.19")
 async def test_special_tokens_shown_on_demand(served: Any, fakes: Any) -> None:
     served.engine.script = lambda request: fakes.Script(
         [[40, 2]], finish=fakes.STOP, stop_token_id=2, by_eos=True
@@ -98,6 +103,7 @@ async def test_bad_words_are_encoded_with_and_without_a_space(served: Any) -> No
     assert (await served.complete(bad_words=["  "])).json()["error"]["param"] == "bad_words"
 
 
+@pytest.mark.row("A5.1")
 async def test_truncation_keeps_the_end(served: Any) -> None:
     await served.complete([1, 2, 3, 4, 5], truncate_prompt_tokens=2, max_tokens=1)
     assert list(served.engine.requests[-1].prompt_ids.ids) == [4, 5]
@@ -106,6 +112,7 @@ async def test_truncation_keeps_the_end(served: Any) -> None:
     assert list(served.engine.requests[-1].prompt_ids.ids) == ids[-2:]
 
 
+@pytest.mark.row("A3.1", "A3.21", "A6.4")
 async def test_messages(served: Any) -> None:
     text = await served.chat(messages="Hello", max_tokens=1)
     parts = await served.chat(
@@ -214,6 +221,7 @@ async def test_their_idle_values_are_accepted(served: Any) -> None:
     assert "x-penstock-ignored" not in answer.headers
 
 
+@pytest.mark.row("D8")
 async def test_null_means_default_everywhere(served: Any) -> None:
     from penstock.frontend.api.chat_request import ChatRequest
     from penstock.frontend.api.completions_request import CompletionRequest
@@ -329,6 +337,7 @@ BAD_COMPLETIONS = [
 ]
 
 
+@pytest.mark.row("A3.4", "A3.8", "A3.10", "A3.11", "A3.23", "D5")
 async def test_bad_values_name_their_field(served: Any) -> None:
     cases = [(send, *case) for send in (served.chat, served.complete) for case in BAD]
     cases += [(served.chat, *case) for case in BAD_CHAT]
@@ -343,6 +352,7 @@ async def test_bad_values_name_their_field(served: Any) -> None:
     assert (await served.chat(max_tokens=1)).status_code == 200
 
 
+@pytest.mark.row("A10.4", "A10.5")
 async def test_unknown_fields_are_listed_or_refused(serve: Any) -> None:
     served = await serve()
     fields = {"foo": 1, "x-evil\r\nheader: 1": 2, "n" * 500: 3, "stream_options": {"bar": 1}, "stream": True}

@@ -30,6 +30,7 @@ def mean_of(served: Any, fakes: Any, text: str) -> float:
 # ------------------------------------------------------------------------------------------- best_of
 
 
+@pytest.mark.row("A3.14", "A4.14")
 async def test_best_of_shows_the_most_probable(served: Any, fakes: Any) -> None:
     """A2.14, A4.14: the fake engine finds a token the more probable the lower its id."""
     texts = ["zzzz", "aaaa", "mmmm", "bb"]
@@ -162,6 +163,7 @@ async def test_a_choice_that_met_its_stop_string_ends_in_the_engine(
 # ---------------------------------------------------------------------------------------------- beams
 
 
+@pytest.mark.row("A3.17", "A3.25")
 async def test_beams_are_the_engines(served: Any, fakes: Any) -> None:
     """A3.17, A3.25, X3."""
     script(served, fakes, "best", "next", tokens_per_step=100)
@@ -203,6 +205,7 @@ async def test_the_models_own_defaults_do_not_reach_a_beam_search(serve: Callabl
 # ----------------------------------------------------------------------------------------------- echo
 
 
+@pytest.mark.row("A4.10")
 async def test_echo_scores_the_prompt(served: Any, fakes: Any) -> None:
     """A4.10: the first token has null, the offsets are those of the whole text."""
     script(served, fakes, "yes")
@@ -226,6 +229,7 @@ async def test_echo_scores_the_prompt(served: Any, fakes: Any) -> None:
     assert starts[len(prompt)] == len("héllo")
 
 
+@pytest.mark.row("A4.4", "A4.10")
 async def test_echo_alone(served: Any, fakes: Any) -> None:
     """max_tokens 0: the prompt is all there is; usage counts no output."""
     served.engine.script = lambda request: fakes.Script([[]] * (request.n or 1))
@@ -285,6 +289,7 @@ async def test_offsets_never_go_back_while_text_is_held(served: Any, fakes: Any)
             assert whole[offset:].startswith(token)
 
 
+@pytest.mark.row("A3.22")
 async def test_a_chat_echo_is_the_assistants_own_beginning(served: Any, fakes: Any) -> None:
     """X16."""
     script(served, fakes, " sure")
@@ -341,6 +346,7 @@ async def test_asked_ids_stand_in_for_the_best(served: Any, fakes: Any) -> None:
 # --------------------------------------------------------------------------------------------- suffix
 
 
+@pytest.mark.row("A4.3")
 async def test_suffix(served: Any, fakes: Any) -> None:
     """A4.3, X7."""
     refused = await served.complete("a", suffix="b")

@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from penstock.frontend.app import ROUTES
 from penstock.frontend.routes import Access
 
@@ -27,6 +29,7 @@ def test_every_route_has_an_access_class() -> None:
     assert len({route.path for route in ROUTES}) == len(ROUTES)
 
 
+@pytest.mark.row("D11")
 async def test_keys_guard_everything_else(serve: Any, tools: Any) -> None:
     served = await serve(api_key=("one", "two"))
     for path in PATHS:
@@ -62,6 +65,7 @@ ACCEPTED = [
 ]
 
 
+@pytest.mark.row("A1.7", "D11")
 async def test_accepted_keys(serve: Any) -> None:
     served = await serve(api_key=("one", "two"))
     for headers in ACCEPTED:
@@ -81,6 +85,7 @@ REFUSED = [
 ]
 
 
+@pytest.mark.row("A1.7")
 async def test_refused_keys(serve: Any) -> None:
     served = await serve(api_key=("one", "two"))
     for headers in REFUSED:
@@ -114,6 +119,7 @@ async def test_key_file_is_read_again(serve: Any, tmp_path: Path) -> None:
     assert await status("third") == 200
 
 
+@pytest.mark.row("A1.8", "A10.6")
 async def test_any_key_passes_without_keys(served: Any) -> None:
     assert (await served.get("/v1/models", headers={"authorization": "Bearer EMPTY"})).status_code == 200
     assert (await served.get("/v1/models")).status_code == 200
@@ -130,6 +136,7 @@ TOLERANT = [
 ]
 
 
+@pytest.mark.row("D12")
 async def test_tolerant_paths(served: Any, tools: Any) -> None:
     for path in TOLERANT:
         answer = await served.raw(tools.http("GET", path))
@@ -150,6 +157,7 @@ async def test_unknown_paths(served: Any, tools: Any) -> None:
 ENCODED = ["org%2Fmodel%3A7b", "org/model:7b", "org%2fmodel:7b"]
 
 
+@pytest.mark.row("D12")
 async def test_model_ids_in_paths(serve: Any, tools: Any) -> None:
     served = await serve({"model": "org/model:7b"})
     for path in ENCODED:
@@ -167,6 +175,7 @@ async def test_model_ids_in_paths(serve: Any, tools: Any) -> None:
         }
 
 
+@pytest.mark.row("D12")
 async def test_head_and_options(served: Any, tools: Any) -> None:
     head = await served.client.head("/v1/models")
     assert head.status_code == 200
@@ -177,6 +186,7 @@ async def test_head_and_options(served: Any, tools: Any) -> None:
     assert "access-control-allow-origin" not in answer.headers
 
 
+@pytest.mark.row("D12")
 async def test_cors_on_demand(serve: Any) -> None:
     served = await serve(cors_origins=("https://a.example",), api_key=("one",))
     asked = {"origin": "https://a.example", "access-control-request-method": "POST"}
@@ -200,6 +210,7 @@ async def test_cors_on_demand(serve: Any) -> None:
 ANY = ["/livez", "/v1/models", "/nothing", "/metrics", "/v1/chat/completions"]
 
 
+@pytest.mark.row("D11")
 async def test_request_ids(served: Any) -> None:
     for path in ANY:
         assert (await served.get(path, headers={"x-request-id": "mine:1"})).headers[
@@ -213,6 +224,7 @@ async def test_request_ids(served: Any) -> None:
             assert len(answer.headers["x-request-id"]) == 32
 
 
+@pytest.mark.row("A5.2")
 async def test_request_id_of_the_body_counts_without_a_header(served: Any) -> None:
     answer = await served.chat(max_tokens=1, request_id="from-body")
     assert answer.headers["x-request-id"] == "from-body"

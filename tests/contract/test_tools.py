@@ -63,6 +63,7 @@ def calls_of(events: list[Any], index: int = 0) -> tuple[str, list[dict[str, Any
     return content, calls, finishes
 
 
+@pytest.mark.row("D4", "A10.9")
 async def test_whole_answer(served: Any, fakes: Any) -> None:
     says(served, fakes, CALL)
     body = (await served.post(CHAT, ASK)).json()
@@ -80,6 +81,7 @@ async def test_whole_answer(served: Any, fakes: Any) -> None:
     assert not served.engine.requests[-1].HasField("constraint")
 
 
+@pytest.mark.row("D4")
 async def test_stream(served: Any, fakes: Any) -> None:
     says(served, fakes, TWO)
     events = await chunks(served, ASK)
@@ -106,6 +108,7 @@ async def test_an_answer_without_calls(served: Any, fakes: Any) -> None:
     assert (content, calls, finishes[-1]) == ("No <b>tools</b> needed.", [], "stop")
 
 
+@pytest.mark.row("D7")
 async def test_length_stays_length_and_the_cut_is_told(served: Any, fakes: Any) -> None:
     says(served, fakes, CALL[:60], length=True)
     (choice,) = (await served.post(CHAT, ASK)).json()["choices"]
@@ -162,6 +165,7 @@ async def test_one_call_when_asked_so(served: Any, fakes: Any) -> None:
     assert [call["function"]["name"] for call in calls_of(await chunks(served, fields))[1]] == ["now"]
 
 
+@pytest.mark.row("A10.9")
 async def test_none_tells_the_model_of_no_tools(served: Any, fakes: Any) -> None:
     says(served, fakes, CALL)
     (choice,) = (await served.post(CHAT, {**ASK, "tool_choice": "none"})).json()["choices"]
@@ -172,6 +176,7 @@ async def test_none_tells_the_model_of_no_tools(served: Any, fakes: Any) -> None
     assert not served.tokenizer.renders[-1].tools_json
 
 
+@pytest.mark.row("D4", "A10.9")
 async def test_required_and_named_are_constrained(served: Any, fakes: Any) -> None:
     says(served, fakes, CALL)
     (choice,) = (await served.post(CHAT, {**ASK, "tool_choice": "required"})).json()["choices"]
@@ -450,6 +455,7 @@ async def test_the_stream_helper_of_the_client(served: Any, fakes: Any) -> None:
 # ------------------------------------------------------------------------------------- prompts
 
 
+@pytest.mark.row("A5.2")
 async def test_the_template_gets_what_the_request_says(served: Any) -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "input_text", "text": "b"}]
     history = [

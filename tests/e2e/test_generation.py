@@ -30,6 +30,7 @@ def reference(stack: Any) -> Any:
     return answer
 
 
+@pytest.mark.row("A3.3")
 async def test_greedy_tokens_equal_transformers_alone_and_sixteen_at_once(
     async_client: Any, reference: Any
 ) -> None:
@@ -68,6 +69,7 @@ async def test_streams_and_whole_answers_agree_under_load(async_client: Any) -> 
     assert together == singles + singles
 
 
+@pytest.mark.row("A3.7", "A4.12")
 async def test_a_seed_gives_the_same_tokens_in_any_company(async_client: Any) -> None:
     async def ask(seed: int, **more: Any) -> str:
         done = await async_client.completions.create(
@@ -81,6 +83,7 @@ async def test_a_seed_gives_the_same_tokens_in_any_company(async_client: Any) ->
     assert list(crowd[:4]) == alone
 
 
+@pytest.mark.row("A4.2")
 def test_all_four_prompt_shapes_and_the_order_of_choices(client: Any, reference: Any) -> None:
     ids = reference.tokenizer("hello")["input_ids"]
 
@@ -96,6 +99,7 @@ def test_all_four_prompt_shapes_and_the_order_of_choices(client: Any, reference:
     assert texts(["hello", "other"], n=2) == [*one, *one, *other, *other]
 
 
+@pytest.mark.row("A4.9", "D6")
 def test_logprobs_are_those_of_the_model(client: Any) -> None:
     done = client.chat.completions.create(
         model="tiny",
@@ -115,6 +119,7 @@ def test_logprobs_are_those_of_the_model(client: Any) -> None:
         assert len(entry.top_logprobs) == 3
 
 
+@pytest.mark.row("A3.16", "D3")
 def test_usage_counts_what_was_generated(client: Any) -> None:
     stream = client.completions.create(
         model="tiny",
@@ -131,6 +136,7 @@ def test_usage_counts_what_was_generated(client: Any) -> None:
     assert [c.choices[0].finish_reason for c in chunks[:-1] if c.choices][-1] == "length"
 
 
+@pytest.mark.row("A3.8", "A4.11")
 def test_a_stop_string_never_leaks_and_ends_the_work(client: Any) -> None:
     free = (
         client.completions.create(model="tiny", prompt="stop here", max_tokens=40, temperature=0)
@@ -149,6 +155,7 @@ def test_a_stop_string_never_leaks_and_ends_the_work(client: Any) -> None:
     assert "".join(chunk.choices[0].text for chunk in stream if chunk.choices) == done.choices[0].text
 
 
+@pytest.mark.row("A3.14", "A3.17", "A4.10", "A4.14")
 async def test_beams_best_of_and_echo_over_http(async_client: Any, reference: Any, stack: Any) -> None:
     """A3.17, A3.14, A4.10: beams are transformers' own, whole and streamed; the best of several are among
     them."""

@@ -75,6 +75,7 @@ WAYS: list[tuple[dict[str, Any], Any]] = [
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+@pytest.mark.row("A5.2", "A5.4")
 def test_every_way_to_ask(client: openai.OpenAI, stream: bool) -> None:
     for way, fits in WAYS:
         for chat in (True, False):

@@ -58,6 +58,7 @@ def test_the_replacement_of_an_unfinished_character_may_complete_a_stop_string(
     assert pipeline.hit == "b�"
 
 
+@pytest.mark.row("A3.20")
 def test_special_tokens_without_spaces_between() -> None:
     """A tokenizer that joins with spaces: only those between special tokens go."""
     words = ["<unk>", "hello", "world"]

@@ -26,6 +26,7 @@ def penstock(*words: str, **environ: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("command", ["", *cli.COMMANDS])
+@pytest.mark.row("A1.11")
 def test_help_of_every_command(command: str) -> None:
     words = [command, "--help"] if command else ["--help"]
     done = penstock(*words)
@@ -106,6 +107,7 @@ def test_an_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert "nonsense" in capsys.readouterr().err
 
 
+@pytest.mark.row("A1.3")
 def test_a_port_in_use_is_said_before_anything_starts(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with socket.socket() as taken:
@@ -119,6 +121,7 @@ def test_a_port_in_use_is_said_before_anything_starts(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.row("A1.2")
 def test_the_module_without_a_command_serves() -> None:
     done = penstock("--model", "/no/such/model", "--port", "1")
     assert done.returncode == 3

@@ -55,6 +55,7 @@ def client(server: Spawned) -> Iterator[openai.OpenAI]:
         yield made
 
 
+@pytest.mark.row("A10.9", "D4")
 def test_a_call_its_result_and_the_answer(client: openai.OpenAI) -> None:
     create: Any = client.chat.completions.create
     first = create(model=MODEL, messages=QUESTION, tools=[WEATHER], temperature=0).choices[0]
@@ -74,6 +75,7 @@ def test_a_call_its_result_and_the_answer(client: openai.OpenAI) -> None:
     assert "Paris" in plain.message.content
 
 
+@pytest.mark.row("D4")
 def test_streaming_adds_up_to_the_same(client: openai.OpenAI) -> None:
     with client.chat.completions.stream(
         model=MODEL, messages=QUESTION, tools=[WEATHER], temperature=0, n=2

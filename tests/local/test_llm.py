@@ -59,6 +59,7 @@ def oracle(folder: Path) -> Callable[[list[int], int], list[int]]:
     return run
 
 
+@pytest.mark.row("A9.1", "A9.3")
 def test_greedy_equals_transformers_in_input_order(llm: LLM, oracle: Callable[..., list[int]]) -> None:
     outputs = _generate(llm, PROMPTS, GREEDY)
     assert [output.prompt for output in outputs] == PROMPTS

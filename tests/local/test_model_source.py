@@ -72,6 +72,7 @@ def test_the_bundled_model(
         ("TRUE", "modelscope"),
     ],
 )
+@pytest.mark.row("A1.10")
 def test_which_hub_is_asked(value: str | None, hub: str, hubs: list[Any]) -> None:
     source = model_source.resolve("owner/name", {} if value is None else {"VLLM_USE_MODELSCOPE": value})
     assert source.model_id == "owner/name"

@@ -82,6 +82,7 @@ SERVE_FIELDS = [(service, name) for service in options.SERVICES for name in opti
 
 
 @pytest.mark.parametrize(("service", "name"), SERVE_FIELDS)
+@pytest.mark.row("A1.3", "A1.4", "A1.5")
 def test_precedence_of_every_serve_option(service: str, name: str, tmp_path: Path) -> None:
     field = options.SERVICES[service].model_fields[name]
     on_line, in_environment, in_file = _values(name, field.annotation)
@@ -145,6 +146,7 @@ def _plan(words: list[str], environ: dict[str, str] | None = None) -> options.Se
     return options.plan_serve(Given(given.arguments, given.file, given.file_name, environ or {}), _source)
 
 
+@pytest.mark.row("A1.13")
 def test_models_by_position_by_option_and_by_environment() -> None:
     assert [m.ids for m in _plan(["a/b", "c"]).models] == [("a/b",), ("c",)]
     assert [m.ids for m in _plan(["--model", "a/b"]).models] == [("a/b",)]
@@ -160,6 +162,7 @@ def test_served_names_the_first_is_the_id() -> None:
     assert plan.models[0].tokenizer.config.served_model_name == ("main", "other", "third")
 
 
+@pytest.mark.row("A1.7")
 def test_api_key_by_vllms_variable_loses_to_the_option() -> None:
     assert _plan([], {"VLLM_API_KEY": "from-env"}).frontend.config.api_key == ("from-env",)
     assert _plan(["--api-key", "k"], {"VLLM_API_KEY": "from-env"}).frontend.config.api_key == ("k",)

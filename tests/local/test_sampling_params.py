@@ -10,6 +10,7 @@ import pytest
 from penstock.local import SamplingParams
 
 
+@pytest.mark.row("A9.2")
 def test_defaults_are_those_users_know() -> None:
     params = SamplingParams()
     assert (params.n, params.max_tokens, params.min_tokens) == (1, 16, 0)

@@ -99,6 +99,7 @@ def server(model: Path) -> Iterator[Spawned]:
         yield running
 
 
+@pytest.mark.row("A1.1", "A2.1")
 def test_ready_means_that_the_official_client_gets_answers(server: Spawned) -> None:
     client = _client(server)
     assert [listed.id for listed in client.models.list()] == ["tiny", "alias"] or [
@@ -109,6 +110,7 @@ def test_ready_means_that_the_official_client_gets_answers(server: Spawned) -> N
     assert done.usage.completion_tokens <= 8
     again = client.completions.create(model="alias", prompt="hello", max_tokens=8, temperature=0)
     assert again.choices[0].text == done.choices[0].text
+    _wait_until(lambda: any("POST /v1/completions 200" in line for line in server.lines))
 
 
 def test_a_streamed_chat_equals_the_whole_one(server: Spawned) -> None:
@@ -122,6 +124,7 @@ def test_a_streamed_chat_equals_the_whole_one(server: Spawned) -> None:
     assert "".join(pieces) == whole.choices[0].message.content
 
 
+@pytest.mark.row("A1.7")
 def test_the_key_is_needed_and_stays_out_of_command_lines_and_logs(server: Spawned) -> None:
     with pytest.raises(openai.AuthenticationError):
         _client(server, key="wrong").models.list()
@@ -254,6 +257,7 @@ def _check_loss_of_one(running: Spawned, client: openai.OpenAI) -> None:
     assert set(statuses) == {200, 503}
 
 
+@pytest.mark.row("A1.4", "A1.5", "A1.6")
 def test_two_models_of_one_file_and_nothing_outlives_a_killed_supervisor(
     model: Path, tiny_checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -263,12 +267,14 @@ def test_two_models_of_one_file_and_nothing_outlives_a_killed_supervisor(
         {"model": str(model), "served-model-name": "one"},
         {"model": str(other), "served-model-name": "two", "max-model-len": 64},
     ]
-    file.write_text(json.dumps({"models": entries}))
+    # The port of the command line wins.
+    file.write_text(json.dumps({"models": entries, "port": 1, "uvicorn-log-level": "warning"}))
     words = [f"--config={file}", "--model-alias=nick=one", *SMALL]
     with spawned(words, environ=_environ()) as running:
         client = _client(running)
         _check_names(client)
         _check_loss_of_one(running, client)
+        assert not any("POST /v1/completions" in line for line in running.lines)
         below = _descendants(running.process.pid)
         assert len(below) >= 7
         running.process.kill()

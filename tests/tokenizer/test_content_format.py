@@ -64,6 +64,7 @@ STRING = {
 
 
 @pytest.mark.parametrize("name", OPENAI)
+@pytest.mark.row("A6.5")
 def test_a_loop_over_content_wants_parts(name: str) -> None:
     assert facts_of(OPENAI[name]).content_format == "openai"
 
@@ -73,6 +74,7 @@ def test_no_loop_over_content_wants_a_string(name: str) -> None:
     assert facts_of(STRING[name]).content_format == "string"
 
 
+@pytest.mark.row("A6.4")
 def test_parts_and_string_give_the_same_prompt_either_way() -> None:
     as_text = [{"role": "user", "content": "hello"}]
     as_parts = [{"role": "user", "content": [{"type": "text", "text": "hello"}]}]
@@ -91,6 +93,7 @@ def test_text_parts_are_joined_by_a_line_break_in_string_format() -> None:
     assert prompt.content_format == "string"
 
 
+@pytest.mark.row("A6.6")
 def test_a_forced_format_wins() -> None:
     shape = LOOP.replace("BODY", "{{ message.content is string }}")
     template = CompiledTemplate(shape)

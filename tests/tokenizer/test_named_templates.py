@@ -77,20 +77,24 @@ def rendered(template: str, messages: list[dict[str, Any]], **options: Any) -> s
 
 
 @pytest.mark.parametrize("name", sorted(GOLDEN))
+@pytest.mark.row("A6.9", "A6.10", "A6.11", "A6.12", "A6.13", "A6.14")
 def test_golden_prompt(name: str) -> None:
     assert rendered(templates.load(name), CHAT) == GOLDEN[name]
 
 
+@pytest.mark.row("A6.7")
 def test_every_shipped_template_has_a_golden_prompt() -> None:
     aliases = {"hermes", "falcon-chat"}
     assert set(templates.names()) - aliases == set(GOLDEN)
     assert all(templates.load(name) for name in templates.names())
 
 
+@pytest.mark.row("A6.8")
 def test_default_joins_contents_with_one_space() -> None:
     assert rendered(templates.load("default"), [{"role": "user", "content": c} for c in "ab"]) == "a b"
 
 
+@pytest.mark.row("A6.9")
 def test_llama_2_writes_bos_again_only_before_a_later_system_message() -> None:
     later = [*CHAT[1:3], CHAT[0], CHAT[3]]
     assert rendered(templates.load("llama-2-chat"), later) == (
@@ -99,6 +103,7 @@ def test_llama_2_writes_bos_again_only_before_a_later_system_message() -> None:
     )
 
 
+@pytest.mark.row("A6.10")
 def test_falcon_instruct_collapses_line_breaks() -> None:
     chat = [{"role": "user", "content": "a\r\nb\n\nc"}]
     assert rendered(templates.load("falcon-instruct"), chat) == "user:a\nb\nc\n\n"
@@ -131,6 +136,7 @@ TABLE = {
 }
 
 
+@pytest.mark.row("A6.15")
 def test_role_table_golden_prompt() -> None:
     assert rendered(role_table.to_template(TABLE), CHAT) == (
         "[INST] <<SYS>>\nBe brief.\n<</SYS>>\n [/INST]\n[INST] Hi [/INST]\n\nYes?\n[INST] Bye [/INST]\n"
@@ -154,6 +160,7 @@ def test_role_table_with_all_values() -> None:
 
 
 @pytest.mark.parametrize("suffix", ["yaml", "json"])
+@pytest.mark.row("A6.15")
 def test_role_table_file_by_model_id(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"table.{suffix}"
     path.write_text(json.dumps({"models": {"togethercomputer/LLaMA-2-7B-32K": TABLE}}))

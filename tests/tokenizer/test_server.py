@@ -40,6 +40,7 @@ async def refusal(call: Any) -> ApiError:
     return from_rpc(caught.value)
 
 
+@pytest.mark.row("A6.1")
 async def test_render(serve: Serve, chat_folder: Path) -> None:
     stub, parts = await serve(chat_folder)
     oracle = AutoTokenizer.from_pretrained(chat_folder)
@@ -135,6 +136,7 @@ async def test_trusted_request_templates(serve: Serve, chat_folder: Path) -> Non
     assert (await stub.Render(render())).text == PROMPT
 
 
+@pytest.mark.row("A3.1", "A6.3")
 async def test_a_base_model_completes_but_does_not_chat(serve: Serve, base_folder: Path) -> None:
     stub, _ = await serve(base_folder)
     error = await refusal(stub.Render(render()))
@@ -155,6 +157,7 @@ async def test_a_base_model_completes_but_does_not_chat(serve: Serve, base_folde
         ({"role_table": "TABLE"}, "role_table", "<Hello world>"),
     ],
 )
+@pytest.mark.row("A1.14", "A6.2", "A6.16")
 async def test_where_the_template_comes_from(
     serve: Serve, base_folder: Path, tmp_path: Path, options: dict[str, str], source: str, text: str
 ) -> None:

@@ -149,6 +149,7 @@ def test_holes_in_the_vocabulary_are_outside_it(tmp_path: Path) -> None:
         tokenizer.decode([[1, 3]], True, True)
 
 
+@pytest.mark.row("A3.20")
 def test_spaces_between_special_tokens(tmp_path: Path) -> None:
     tokenizer = loaded(words(tmp_path, {"[UNK]": 0, "a": 1, "b": 2}, ["<x>", "<y>"]))
     ids = tokenizer.encode(["<x><y>a b<x>"], [], EncodeOptions())[0].ids
