@@ -77,6 +77,15 @@ parsed = client.chat.completions.parse(
 )
 print("parsed:", type(parsed.choices[0].message.parsed).__name__)
 
+marked = client.chat.completions.create(
+    model=model,
+    messages=[question],
+    temperature=0,
+    extra_body={"metadata": {"trace_id": "one"}},
+    extra_headers={"x-request-id": "asked-once"},
+)
+print("marks:", marked.metadata, marked._request_id, marked.id)
+
 chosen = client.completions.create(
     model=model, prompt="The sky is", extra_body={"guided_choice": ["blue", "green"]}
 )

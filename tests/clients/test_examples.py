@@ -19,6 +19,7 @@ PROMISED = {
         "logprobs: ['The', ' capital', ' of']",
         "tool: get_weather {'city':",
         "parsed: City",
+        "marks: {'trace_id': 'one'} asked-once chatcmpl-asked-once",
         "choice: ",
         "unknown model: model_not_found",
         "bad value: temperature",

@@ -7,6 +7,8 @@ import re
 import tomllib
 from pathlib import Path
 
+from penstock.local import cli
+
 ROOT = Path(__file__).parents[2]
 ROOMS = ("protos", "engine_service", "tokenizer_service", "frontend", "kernels")
 
@@ -52,6 +54,17 @@ def test_nothing_of_ours_shadows_a_top_level_name() -> None:
     spec = importlib.util.find_spec("penstock")
     assert spec is not None
     assert spec.origin is None  # a namespace: no __init__
+
+
+def test_images_start_commands_that_exist() -> None:
+    """serve is one image for one machine; it needs what the three services need."""
+    text = (ROOT / "deploy/docker/Dockerfile").read_text()
+    started = set(re.findall(r'^ENTRYPOINT \["penstock", "(\w+)"\]', text, re.M))
+    assert started == {"serve", "frontend", "tokenizer", "engine"}
+    assert started <= set(cli.COMMANDS)
+    whole = text.partition(" AS build-serve")[2].partition("FROM ")[0]
+    assert all(f" {extra} " in whole for extra in ("frontend", "tokenizer", "hub"))
+    assert "FROM build-engine AS build-serve" in text
 
 
 def test_torch_is_pinned_exactly() -> None:
