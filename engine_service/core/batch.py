@@ -27,6 +27,18 @@ class StepTensors:
     copies: Tensor | None = None  # [C, 2] int64: before anything else, block [i, 0] to block [i, 1]
 
 
+@dataclass(slots=True)
+class StepBuffers:
+    """Inputs of a step of up to C sequences with a token each, in buffers that stay: int64, contiguous."""
+
+    token_ids: Tensor  # [C, 1]
+    positions: Tensor  # [C, 1]
+    slots: Tensor  # [C, 1]
+    query_lens: Tensor  # [C, 1], ones
+    seq_lens: Tensor  # [C, 1]
+    block_tables: Tensor  # [C, max_blocks]
+
+
 def copy_first(step: StepTensors, kv_caches: list[Tensor]) -> None:
     """Makes the step's block copies, in the cache of each layer."""
     if step.copies is not None:

@@ -16,8 +16,9 @@ from penstock.engine_service.core.batch import BatchBuilder, copy_first
 from penstock.engine_service.core.messages import RequestError
 from penstock.engine_service.core.plan import StepPlan, StepResult
 from penstock.engine_service.core.prompt_logprobs import prompt_logprobs, scored_span
+from penstock.engine_service.core.replay import Replay
 from penstock.engine_service.core.request import Sequence
-from penstock.engine_service.core.sampler import SampledRows, SampleRows
+from penstock.engine_service.core.sampler import Best, SampledRows, SampleRows
 from penstock.engine_service.core.verify import accept, sample_rows
 from penstock.engine_service.models.registry import Model
 
@@ -25,8 +26,8 @@ from penstock.engine_service.models.registry import Model
 class RowSampler(Protocol):
     """Chooses next tokens; an error concerns its row alone."""
 
-    def sample(self, logits: Tensor, rows: SampleRows) -> SampledRows:
-        """logits [R, vocab_size] in the model's dtype, which it may overwrite."""
+    def sample(self, logits: Tensor, rows: SampleRows, best: Best | None = None) -> SampledRows:
+        """logits [R, vocab_size] in the model's dtype, which it may overwrite; best: of each row, if known."""
 
     def needs_host_tokens(self, sequence: Sequence) -> bool: ...
 
@@ -56,6 +57,7 @@ class Runner:
         self._kv_cache = kv_cache
         self._sampler = sampler
         self._batches = BatchBuilder(block_size, backend.device)
+        self._replay = Replay(model, kv_cache, block_size)
 
     def start(self, plan: StepPlan) -> DoneStep:
         return DoneStep(self.run(plan))
@@ -66,6 +68,11 @@ class Runner:
         whose numbers are not finite, or whose sampling fails, gets an error of its own."""
         result = StepResult(np.zeros((len(plan), 1), np.int32), np.zeros(len(plan), np.int32))
         if not len(plan):
+            return result
+        replayed = self._replay.logits(plan)
+        if replayed is not None:
+            rows = SampleRows(plan.sequences, plan.slots, plan.epochs)
+            accept(plan, rows, self._sampler.sample(replayed[0], rows, replayed[1]), result)
             return result
         step = self._batches.build(plan)
         copy_first(step, self._kv_cache)

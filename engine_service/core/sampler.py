@@ -9,9 +9,11 @@ from __future__ import annotations
 import logging
 import math
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from penstock.engine_service.core.constraint_masks import ConstraintMasks, RowMasks
@@ -27,6 +29,13 @@ log = logging.getLogger(__name__)
 
 _ROWS_AT_ONCE_CPU = 8  # 5 MB of a 152k vocabulary: stays near the caches
 _ROWS_AT_ONCE_DEVICE = 64
+
+
+class Best(NamedTuple):
+    """The best of each row of logits: its id, int64 [R], and its value, float32 [R], NaN if any is NaN."""
+
+    ids: NDArray[np.int64]
+    values: NDArray[np.float32]
 
 
 @dataclass(slots=True)
@@ -82,8 +91,9 @@ class Sampler:
         )  # by slot: the tenancy that needs its argmax only
         self._workspace = torch.empty(rows, width, dtype=torch.float32, device=device)
 
-    def sample(self, logits: Tensor, rows: SampleRows) -> SampledRows:
+    def sample(self, logits: Tensor, rows: SampleRows, best: Best | None = None) -> SampledRows:
         """One token for each of `rows` [R] from logits [R, V] of any floating type, which stay as they are.
+        best: theirs, where somebody has looked for it already.
 
         A row that cannot be sampled gets an error of its own. Raises ValueError if the shapes do not fit.
         """
@@ -92,14 +102,15 @@ class Sampler:
         result = SampledRows(np.empty(0, np.int64))
         if not rows.sequences:
             return result
-        best_ids, best = (column.numpy(force=True) for column in sampling.argmax(logits))
-        result.tokens = best_ids.astype(np.int64)
-        others = self._not_plain(rows, best)
+        if best is None:
+            best = Best(*(column.numpy(force=True) for column in sampling.argmax(logits)))
+        result.tokens = best.ids.astype(np.int64)
+        others = self._not_plain(rows, best.values)
         if not others.size:
             return result
         masks = self._masks.of((row, rows.sequences[row]) for row in others.tolist())
         result.errors.update(masks.errors)
-        prepared = self._prepare(logits, rows, others.tolist(), best_ids, best, masks, result)
+        prepared = self._prepare(logits, rows, others.tolist(), *best, masks, result)
         rest = [row for row in prepared if not row.state.greedy or row.edits is not None]
         rest.sort(key=_kind)
         for start in range(0, len(rest), len(self._workspace)):

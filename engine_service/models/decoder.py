@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from penstock.engine_service.backends.base import Backend, Linear
-from penstock.engine_service.core.batch import StepTensors
+from penstock.engine_service.core.batch import StepBuffers, StepTensors
 from penstock.engine_service.models.config import ModelSpec
 from penstock.engine_service.models.layers import Attention, HeadNorm
 from penstock.engine_service.models.loader import Loader
@@ -13,6 +13,7 @@ from penstock.engine_service.models.parallel import ALONE, Group, heads_of
 from penstock.engine_service.models.rope import tables
 from penstock.engine_service.models.weights import Weights
 from penstock.kernels.activation import silu_mul
+from penstock.kernels.native.program import NotRecordable, Program
 from penstock.kernels.norm import add_rms_norm, rms_norm
 
 _QKV = ("q_proj", "k_proj", "v_proj")
@@ -36,13 +37,14 @@ class Decoder:
         bare = not with_head and weights.has("embed_tokens.weight")
         model = loader if bare else loader.under("model")
         self._eps = spec.norm_eps
-        self._embed, table = model.embedding("embed_tokens", spec.vocab_size, spec.hidden_size)
+        self._alone = group.size == 1
+        self._embed, self._table = model.embedding("embed_tokens", spec.vocab_size, spec.hidden_size)
         self._layers = [_Layer(spec, model.under(f"layers.{i}"), i) for i in range(spec.num_layers)]
         self._norm = model.tensor("norm.weight", spec.hidden_size)
         self._head: Linear | None
         if spec.tie_embeddings or not with_head:
             weights.skip("lm_head.weight")
-            self._head = loader.tied_head(table, spec.vocab_size) if with_head else None
+            self._head = loader.tied_head(self._table, spec.vocab_size) if with_head else None
         else:
             self._head = loader.head("lm_head", spec.vocab_size, spec.hidden_size)
         cos, sin = tables(spec.rope, max_model_len, weights.dtype)
@@ -68,6 +70,27 @@ class Decoder:
         if self._head is None:
             raise ValueError("built without a head")
         return self._head(self.normed(hidden))
+
+    def record(self, program: Program, inputs: StepBuffers, kv_caches: list[Tensor]) -> Tensor:
+        """Writes down what `forward` and `logits` do with a token a sequence; the buffer of the logits. Raises
+        NotRecordable for a model that is not all of one rank's, or whose linears are not the library's."""
+        if not self._alone:
+            raise NotRecordable("several ranks hold the model")
+        if self._head is None:
+            raise NotRecordable("built without a head")
+        residual = program.gather(self._table, inputs.token_ids, "residual")
+        cos = program.gather(self._cos, inputs.positions, "cos")
+        sin = program.gather(self._sin, inputs.positions, "sin")
+        x = program.rms_norm(residual, self._layers[0].input_norm, self._eps)
+        for i, layer in enumerate(self._layers):
+            if i > 0:
+                x = program.rms_norm(x, layer.input_norm, self._eps, residual)
+            x = layer.attention.record(program, x, inputs, kv_caches[i], (cos, sin))
+            x = program.rms_norm(x, layer.mlp_norm, self._eps, residual)
+            x = program.silu_mul(program.linear(layer.gate_up, x, "gate up"))
+            x = program.linear(layer.down, x, "projected")
+        x = program.rms_norm(x, self._norm, self._eps, residual)
+        return program.linear(self._head, x, "logits")
 
 
 class _Layer:

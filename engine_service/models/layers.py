@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from penstock.engine_service.backends.base import Linear
-from penstock.engine_service.core.batch import StepTensors
+from penstock.engine_service.core.batch import StepBuffers, StepTensors
 from penstock.engine_service.models.loader import Loader
 from penstock.kernels.kv_write import rotate_and_write
+from penstock.kernels.native.program import Program
 from penstock.kernels.norm import add_layer_norm, layer_norm
 from penstock.kernels.paged_attention import paged_attention
 
@@ -76,3 +77,20 @@ class Attention:
             heads[:, :num_heads], kv_cache, step.attention, scale=head_dim**-0.5, window=self._window
         )
         return self._output(out.flatten(1))
+
+    def record(
+        self,
+        program: Program,
+        x: Tensor,
+        inputs: StepBuffers,
+        kv_cache: Tensor,
+        rotation: tuple[Tensor, Tensor],
+    ) -> Tensor:
+        """Writes down what a call does for a token a sequence."""
+        head_dim, norm = self._head_dim, self._head_norm
+        weight, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
+        heads = program.linear(self._qkv, x, "heads")
+        program.rotate_and_write(heads, kv_cache, inputs.slots, head_dim, rotation, weight, eps)
+        lengths = (inputs.query_lens, inputs.seq_lens)
+        out = program.paged_attention(heads, kv_cache, lengths, inputs.block_tables, head_dim, self._window)
+        return program.linear(self._output, out, "projected")

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from penstock.kernels.native.library import DTYPES, INT, INT64, POINTER, bind
+from penstock.kernels.native.program import INT8_LINEAR, NotRecordable, Program
 
 _PANEL = 16  # outputs
 _GROUP = 4  # columns
@@ -73,9 +74,20 @@ class _Linear:
         self._weight = packed.data_ptr()
         self._scale = scale.data_ptr()
         self._bias = None if bias is None else bias.data_ptr()
-        self._outputs = outputs
+        self.outputs = outputs
         self._columns = columns
         self._scratch_row = 2 * packed.shape[1] * _GROUP + 8  # bytes
+
+    def record(self, program: Program, x: Tensor, out: Tensor) -> None:
+        if x.dtype not in DTYPES or x.shape[1] != self._columns:
+            raise NotRecordable(f"rows of {x.shape[1]} {x.dtype} for {self._columns} columns")
+        packed, scale, bias = self._held
+        scratch = program.buffer("scratch", self._scratch_row, torch.uint8)
+        program.add(
+            INT8_LINEAR,
+            (x, packed, scale, bias, out, scratch),
+            (x.stride(0), self._columns, self.outputs, DTYPES[x.dtype]),
+        )
 
     def __call__(self, x: Tensor) -> Tensor:
         dtype = DTYPES.get(x.dtype)
@@ -86,7 +98,7 @@ class _Linear:
         rows = len(x)
         if x.shape[1] != self._columns:
             raise ValueError(f"rows of {x.shape[1]} for a weight of {self._columns} columns")
-        out = torch.empty((rows, self._outputs), dtype=x.dtype)
+        out = torch.empty((rows, self.outputs), dtype=x.dtype)
         scratch = torch.empty(rows * self._scratch_row, dtype=torch.uint8)
         _linear(
             x.data_ptr(),
@@ -98,7 +110,7 @@ class _Linear:
             scratch.data_ptr(),
             rows,
             self._columns,
-            self._outputs,
+            self.outputs,
             dtype,
             torch.get_num_threads(),
         )

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from penstock.kernels.native.library import INT, INT64, POINTER, check, library, reason, threads_for
+from penstock.kernels.native.program import LINEAR, NotRecordable, Program
 
 _PANEL = 32  # outputs
 # Rows so many elements apart share places in the first cache; measured: a copy pays from so many rows on.
@@ -54,8 +55,14 @@ class _Linear:
         self._held = (packed, bias)  # whose addresses follow
         self._weight = packed.data_ptr()
         self._bias = None if bias is None else bias.data_ptr()
-        self._outputs = outputs
+        self.outputs = outputs
         self._columns = columns
+
+    def record(self, program: Program, x: Tensor, out: Tensor) -> None:
+        if x.dtype is not torch.bfloat16 or self._columns % 2 or x.shape[1] != self._columns:
+            raise NotRecordable(f"rows of {x.shape[1]} {x.dtype} for {self._columns} bfloat16 columns")
+        packed, bias = self._held
+        program.add(LINEAR, (x, packed, bias, out), (x.stride(0), self._columns, self.outputs))
 
     def __call__(self, x: Tensor) -> Tensor:
         rows, columns = x.shape
@@ -68,7 +75,7 @@ class _Linear:
             x = apart.copy_(x)
         elif x.stride(1) != 1:
             x = x.contiguous()
-        out = torch.empty((rows, self._outputs), dtype=torch.bfloat16)
+        out = torch.empty((rows, self.outputs), dtype=torch.bfloat16)
         check(
             _linear(
                 x.data_ptr(),
@@ -78,8 +85,8 @@ class _Linear:
                 out.data_ptr(),
                 rows,
                 x.shape[1],
-                self._outputs,
-                threads_for(self._outputs * columns * (rows // _ROWS_AT_ONCE + 1) // 4),
+                self.outputs,
+                threads_for(self.outputs * columns * (rows // _ROWS_AT_ONCE + 1) // 4),
             )
         )
         return out

@@ -45,11 +45,19 @@ class Library:
     def function(self, name: str, *types: Any) -> Function:
         """`name` for the richest set that has it, with arguments of `types` and an int as its result.
         Raises AttributeError for a name that no set has."""
+        found = self._find(name)
+        found.argtypes = types
+        found.restype = ctypes.c_int
+        return found
+
+    def address(self, name: str) -> int | None:
+        """Of the function that `function` gives."""
+        return ctypes.cast(self._find(name), ctypes.c_void_p).value
+
+    def _find(self, name: str) -> Any:
         for isa in reversed(self._sets):
             found = getattr(self._loaded, f"ps_{name}_{isa}", None)
             if found is not None:
-                found.argtypes = types
-                found.restype = ctypes.c_int
                 return found
         raise AttributeError(name)
 

@@ -28,7 +28,7 @@ _X86_64["amx"] = (*_X86_64["avx512bf16"], "-mamx-tile", "-mamx-int8", "-mamx-bf1
 _OTHER: dict[str, tuple[str, ...]] = {"generic": ()}
 
 # Compiled once, without flags of an instruction set.
-PLAIN = ("cpu.c", "parallel.c")
+PLAIN = ("cpu.c", "parallel.c", "program.c")
 # Compiled for each of these sets that the machine's kind has.
 VARIANTS: dict[str, tuple[str, ...]] = {
     "norm.c": ("generic", "avx2", "avx512", "avx512bf16"),

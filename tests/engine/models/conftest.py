@@ -18,7 +18,7 @@ from penstock.engine_service.core.memory import make_kv_caches
 from penstock.engine_service.core.messages import AddRequest, Sampling
 from penstock.engine_service.core.request import Request, Sequence
 from penstock.engine_service.core.runner import Runner
-from penstock.engine_service.core.sampler import SampledRows, Sampler, SampleRows
+from penstock.engine_service.core.sampler import Best, SampledRows, Sampler, SampleRows
 from penstock.engine_service.core.slots import SlotTable
 from penstock.engine_service.models.config import read_spec
 from penstock.engine_service.models.registry import build_model
@@ -34,10 +34,10 @@ class RecordingSampler:
     inner: Sampler
     rows: dict[tuple[int, int], list[Tensor]] = field(default_factory=dict)
 
-    def sample(self, logits: Tensor, rows: SampleRows) -> SampledRows:
+    def sample(self, logits: Tensor, rows: SampleRows, best: Best | None = None) -> SampledRows:
         for row, sequence in zip(logits, rows.sequences, strict=True):
             self.rows.setdefault(sequence.key, []).append(row.cpu().clone())
-        return self.inner.sample(logits, rows)
+        return self.inner.sample(logits, rows, best)
 
     def needs_host_tokens(self, sequence: Sequence) -> bool:
         return self.inner.needs_host_tokens(sequence)

@@ -1,0 +1,217 @@
+"""Programs: calls of the native library, written down once and then made together, in one call of C.
+
+The buffers between the calls stay where they are; what changes from run to run is what lies in the first of them, and
+the number of rows. A run gives the same bits as the ops called one by one, because it is the same functions
+with the same numbers; what it saves is Python between them and fetching the threads for each.
+
+Every method writes down one op, as the op's own native.py would call it; tensors are contiguous buffers of the
+program's, or live as long as it. `src/program.c` makes the calls.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from penstock.kernels import dispatch
+from penstock.kernels.native.library import (
+    DTYPES,
+    FLOAT,
+    INT,
+    INT64,
+    POINTER,
+    check,
+    library,
+)
+
+# As the kinds of program.c.
+GATHER, NORM, LINEAR, INT8_LINEAR, ROTATE_AND_WRITE, PAGED_ATTENTION, SILU_MUL, ARGMAX = range(8)
+
+_FUNCTIONS = {
+    NORM: "norm",
+    LINEAR: "linear",
+    INT8_LINEAR: "int8_linear",
+    ROTATE_AND_WRITE: "rotate_and_write",
+    PAGED_ATTENTION: "paged_attention",
+    SILU_MUL: "silu_mul",
+    ARGMAX: "argmax",
+}
+_OPS = ("activation", "kv_write", "logits", "norm", "paged_attention")
+_TILE, _TILED_DIMS = 16, 4  # of a cache, see kv_write/native.py
+
+
+class NotRecordable(Exception):
+    """The model does something that no program can hold: it runs the ordinary way."""
+
+
+class RecordableLinear(Protocol):
+    outputs: int
+
+    def record(self, program: Program, x: Tensor, out: Tensor) -> None:
+        """Writes its call down. Raises NotRecordable for inputs it would have to copy first."""
+
+
+class _Call(ctypes.Structure):
+    _fields_ = (
+        ("kind", INT64),
+        ("function", POINTER),
+        ("pointers", POINTER * 7),
+        ("numbers", INT64 * 10),
+        ("floats", FLOAT * 2),
+    )
+
+
+class Program:
+    """For up to `capacity` rows, on tensors of `dtype`. Raises NotRecordable where the ops are not the
+    native library's."""
+
+    def __init__(self, capacity: int, dtype: torch.dtype) -> None:
+        opened = library()
+        if opened is None or dtype not in DTYPES or not _native_ops():
+            raise NotRecordable("the ops of this process are not the native library's")
+        self.capacity = capacity
+        self.dtype = dtype
+        self._library = opened
+        self._run = opened.function("run_program", POINTER, INT64, INT64, INT)
+        self._calls: list[_Call] = []
+        self._made: ctypes.Array[_Call] | None = None
+        self._buffers: dict[tuple[str, int, torch.dtype], Tensor] = {}
+        self._held: list[Tensor | None] = []  # whose addresses the calls have
+        self._kind = DTYPES[dtype]
+
+    def buffer(self, name: str, columns: int, dtype: torch.dtype | None = None) -> Tensor:
+        """[capacity, columns], zeros at first; the same one for the same name and shape."""
+        key = (name, columns, dtype or self.dtype)
+        if key not in self._buffers:
+            self._buffers[key] = torch.zeros(self.capacity, columns, dtype=key[2])
+        return self._buffers[key]
+
+    def run(self, rows: int) -> None:
+        """Makes all calls for the first `rows` rows. Raises IndexError for an id, a slot or a block that lies
+        outside, MemoryError, and ValueError for more rows than there is room for."""
+        if not 0 < rows <= self.capacity:
+            raise ValueError(f"{rows} rows for a program of at most {self.capacity}")
+        if self._made is None:
+            self._made = (_Call * len(self._calls))(*self._calls)
+        check(self._run(ctypes.addressof(self._made), len(self._made), rows, torch.get_num_threads()))
+
+    def gather(self, table: Tensor, ids: Tensor, name: str) -> Tensor:
+        """Rows of table [n, columns] by ids int64 [capacity, 1]."""
+        out = self.buffer(name, table.shape[1], table.dtype)
+        self._fits(table)
+        row_bytes = table.shape[1] * table.itemsize
+        self.add(GATHER, (table, ids, out), (row_bytes, len(table)))
+        return out
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
+        """norm(x), or with a residual that of residual += x."""
+        self._fits(x, weight)
+        out = self.buffer("normed", x.shape[1])
+        self.add(NORM, (x, residual, weight, None, out), (x.shape[1], 0, self._kind), (eps,))
+        return out
+
+    def linear(self, linear: object, x: Tensor, name: str) -> Tensor:
+        """Raises NotRecordable for a linear that is not the native library's."""
+        record = getattr(linear, "record", None)
+        if record is None:
+            raise NotRecordable(f"a {type(linear).__name__} is not the native library's")
+        out = self.buffer(name, getattr(linear, "outputs", 0))
+        record(self, x, out)
+        return out
+
+    def rotate_and_write(
+        self,
+        heads: Tensor,
+        kv_cache: Tensor,
+        slots: Tensor,
+        head_dim: int,
+        rotation: tuple[Tensor, Tensor],
+        norm_weight: Tensor | None = None,
+        eps: float = 0.0,
+    ) -> None:
+        """heads [capacity, (num_heads + 2 * kv_heads) * head_dim]."""
+        blocks, kv_heads, tiles = self._tiles(kv_cache)
+        cos, sin = rotation
+        self._fits(heads, cos, sin, norm_weight)
+        num_heads = heads.shape[1] // head_dim - 2 * kv_heads
+        self.add(
+            ROTATE_AND_WRITE,
+            (heads, kv_cache, slots, cos, sin, norm_weight),
+            (heads.shape[1], num_heads, kv_heads, head_dim, cos.shape[1], blocks, tiles * _TILE, self._kind),
+            (eps,),
+        )
+
+    def paged_attention(
+        self,
+        heads: Tensor,
+        kv_cache: Tensor,
+        lengths: tuple[Tensor, Tensor],
+        tables: Tensor,
+        head_dim: int,
+        window: int | None = None,
+    ) -> Tensor:
+        """lengths: new tokens and tokens of each row's sequence, int64 [capacity, 1]."""
+        blocks, kv_heads, tiles = self._tiles(kv_cache)
+        num_heads = heads.shape[1] // head_dim - 2 * kv_heads
+        out = self.buffer("attended", num_heads * head_dim)
+        self.add(
+            PAGED_ATTENTION,
+            (heads, kv_cache, out, *lengths, tables, None),
+            (
+                heads.shape[1], tables.shape[1], num_heads, kv_heads, head_dim, blocks, tiles * _TILE,
+                window or 0, self._kind,
+            ),
+            (head_dim**-0.5, 0.0),
+        )  # fmt: skip
+        return out
+
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        size = gate_up.shape[1] // 2
+        out = self.buffer("activated", size)
+        self.add(SILU_MUL, (gate_up, out), (size, self._kind))
+        return out
+
+    def argmax(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Best ids int64 and their values float32, both [capacity, 1]."""
+        ids = self.buffer("best id", 1, torch.int64)
+        values = self.buffer("best", 1, torch.float32)
+        size = logits.shape[1]
+        self.add(ARGMAX, (logits, ids, values), (size, size, self._kind))
+        return ids, values
+
+    def add(
+        self,
+        kind: int,
+        tensors: tuple[Tensor | None, ...],
+        numbers: tuple[int, ...],
+        floats: tuple[float, ...] = (),
+    ) -> None:
+        """Writes a call down: its arguments by type, in the order of program.c."""
+        call = _Call(kind)
+        if kind in _FUNCTIONS:
+            call.function = self._library.address(_FUNCTIONS[kind])
+        call.pointers[: len(tensors)] = [None if t is None else t.data_ptr() for t in tensors]
+        call.numbers[: len(numbers)] = numbers
+        call.floats[: len(floats)] = floats
+        self._held += tensors
+        self._calls.append(call)
+        self._made = None
+
+    def _fits(self, *tensors: Tensor | None) -> None:
+        for tensor in tensors:
+            if tensor is not None and (tensor.dtype is not self.dtype or not tensor.is_contiguous()):
+                raise NotRecordable(f"a tensor of {tensor.dtype} among {self.dtype}, or with gaps")
+
+    def _tiles(self, kv_cache: Tensor) -> tuple[int, int, int]:
+        """Blocks, heads, and tiles of a block."""
+        if kv_cache.dim() != _TILED_DIMS or kv_cache.dtype is not self.dtype:
+            raise NotRecordable("the cache has not the layout of the native library")
+        blocks, kv_heads, tiles, _ = kv_cache.shape
+        return blocks, kv_heads, tiles
+
+
+def _native_ops() -> bool:
+    return all(dispatch.implementation(op, "cpu").__name__.endswith(".native") for op in _OPS)
