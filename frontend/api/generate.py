@@ -13,7 +13,12 @@ from pydantic import ValidationError
 from penstock.frontend.accounting import Accounting
 from penstock.frontend.api.answer import Frames, StreamAnswer, WholeAnswer
 from penstock.frontend.api.constraint import constrained
-from penstock.frontend.api.generation_request import ApiRequest, ignored_header, refuse_unserved
+from penstock.frontend.api.generation_request import (
+    ApiRequest,
+    GenerationRequest,
+    ignored_header,
+    refuse_unserved,
+)
 from penstock.frontend.api.identity import Identity
 from penstock.frontend.api.plan import Plan, remaining
 from penstock.frontend.api.ranking import num_candidates
