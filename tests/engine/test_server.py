@@ -70,11 +70,13 @@ async def test_model_names(tmp_path: Path) -> None:
 
 async def test_info(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_bytes(b"{}")
-    async with running_engine(tmp_path, served_model_name=("m", "a"), model_root="org/m") as engine:
+    options = {"served_model_name": ("m", "a"), "model_root": "org/m", "tensor_parallel_size": 2}
+    async with running_engine(tmp_path, **options) as engine:
         info = await engine.stub.GetInfo(pb.GetInfoRequest())
     assert (info.api_version, info.model, info.aliases, info.root) == ("penstock.v1", "m", ["a"], "org/m")
     assert info.tokenizer_fingerprint == hashlib.sha256(b"{}").hexdigest()
     assert (info.max_model_len, info.vocab_size, info.kv_blocks, info.kv_block_size) == (4096, VOCAB, 256, 16)
+    assert info.tensor_parallel_size == 2
     assert info.eos_token_ids == [7]
     assert not info.HasField("bos_token_id")
     assert info.generation_defaults.temperature == 0.5
