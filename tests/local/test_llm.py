@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,29 @@ def test_an_empty_list_of_prompts(llm: LLM) -> None:
     assert _generate(llm, [], GREEDY) == []
 
 
+def test_calls_from_several_threads_wait_for_each_other(llm: LLM) -> None:
+    alone = [_generate(llm, prompt, GREEDY)[0].outputs[0].token_ids for prompt in PROMPTS]
+    with ThreadPoolExecutor(len(PROMPTS)) as pool:
+        together = list(pool.map(lambda prompt: _generate(llm, prompt, GREEDY)[0], PROMPTS))
+    assert [output.outputs[0].token_ids for output in together] == alone
+
+
+@pytest.mark.row("A9.4")
+def test_the_module_vllm_loads_a_model_once(folder: Path) -> None:
+    from penstock.local.vllm_shim import vllm
+
+    options = {"max_num_seqs": 2, "num_kv_blocks": 32, "threads": 1}
+    with ThreadPoolExecutor(3) as pool:
+        loaded = list(pool.map(lambda _: vllm.LLM(model=folder, **options), range(3)))
+    assert loaded == [loaded[0]] * 3
+    assert vllm.SamplingParams(max_tokens=3, stream=False) == SamplingParams(max_tokens=3)
+    loaded[0].close()
+    with vllm.LLM(model=folder, **options) as again:
+        assert again is not loaded[0]
+        assert _generate(again, "hello", GREEDY)
+
+
+@pytest.mark.row("A9.2")
 def test_the_same_seed_in_any_company(llm: LLM) -> None:
     own = SamplingParams(temperature=1.0, seed=1234, max_tokens=20)
     alone = _generate(llm, "hello", own)[0].outputs[0].token_ids
