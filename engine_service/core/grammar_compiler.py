@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 TOKENIZER_FILE = "tokenizer.json"
+# Items of the parser in one mask, which is what an ambiguous grammar can cost at every token: 20 ms here at
+# 152k tokens. The library's own limit is five times as much; usual schemas and grammars need a fraction.
+_MAX_ITEMS = 10_000
 _UNIMPLEMENTED = re.compile(r"Unimplemented keys: \[(.*?)\]")
 _EXCERPT = re.compile(r"\n\s*\d+ \|")  # the library shows the place in the source
 _TOO_COMPLEX = re.compile(r"too (big|large|many|complex|deeply)|limit|fuel|TooComplex", re.IGNORECASE)
@@ -43,7 +46,7 @@ class GrammarCompiler:
         if self._tokenizer is None:
             from llguidance import LLParserLimits, LLTokenizer
 
-            self._limits = LLParserLimits(verbose_errors=False)
+            self._limits = LLParserLimits(verbose_errors=False, step_max_items=_MAX_ITEMS)
             source = self._file.read_text("utf-8")
             ends = self._eos_token_ids or None
             try:
