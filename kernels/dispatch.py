@@ -29,7 +29,7 @@ _BY_DEVICE: dict[str, dict[str, tuple[str, ...]]] = {
     "quant": {"cpu": ("cpu",), "cuda": ("triton",)},
     "rope": {"cpu": ("cpu",)},
     "sampling": {"cuda": ("triton",)},
-    "varlen_attention": {"cpu": ("native", "cpu")},
+    "varlen_attention": {"cpu": ("native", "cpu"), "cuda": ("triton",)},
 }
 # Of these the absence is no fault: they need something built. Any other module must import.
 _OPTIONAL = "native"

@@ -57,6 +57,7 @@ _FAKES = (
     "device_driver",
     "sampler_rows",
     "plans",
+    "pooled_checkpoints",
     "scripted_drafter",
 )
 for _name in _FAKES:

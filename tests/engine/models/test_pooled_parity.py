@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from pooled_checkpoints import FAMILIES, VOCAB_SIZE, make_pooled, write_modules
 from torch import Tensor
 
 pytest.importorskip("transformers")
@@ -18,7 +19,6 @@ from penstock.engine_service.models.pooled_build import build_pooled
 from penstock.engine_service.models.pooled_config import read_pooled_info
 from penstock.engine_service.models.weights import Checkpoint
 from penstock.kernels import dispatch
-from tests.support.pooled_checkpoints import FAMILIES, VOCAB_SIZE, make_pooled, write_modules
 
 ENCODERS = [family for family in FAMILIES if family not in ("Llama", "Mistral", "Qwen2", "Qwen3")]
 DECODERS = [family for family in FAMILIES if family not in ENCODERS]
