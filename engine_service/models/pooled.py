@@ -1,7 +1,7 @@
 """What a model without generation is to the engine: texts in as one varlen batch, vectors or logits out.
 
-Which families there are is the registry's knowledge (pooled_registry.py); what a folder can do is read by
-pooled_config.py. Nothing here knows requests.
+What a folder can do is read by pooled_config.py, and pooled_build.py makes the model. Nothing here knows
+requests.
 """
 
 from __future__ import annotations

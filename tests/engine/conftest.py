@@ -38,10 +38,10 @@ def _missing(*packages: str) -> bool:
     return any(importlib.util.find_spec(package) is None for package in packages)
 
 
-def _register(name: str) -> None:
+def _register(name: str, folder: Path = _HERE) -> None:
     if name in sys.modules:
         return
-    spec = importlib.util.spec_from_file_location(name, _HERE / f"{name}.py")
+    spec = importlib.util.spec_from_file_location(name, folder / f"{name}.py")
     if spec is None or spec.loader is None:
         raise ImportError(name)
     module = importlib.util.module_from_spec(spec)
@@ -57,11 +57,11 @@ _FAKES = (
     "device_driver",
     "sampler_rows",
     "plans",
-    "pooled_checkpoints",
     "scripted_drafter",
 )
 for _name in _FAKES:
     _register(_name)
+_register("pooled_checkpoints", _HERE.parent / "support")
 
 collect_ignore: list[str] = []
 if _missing("hypothesis"):
