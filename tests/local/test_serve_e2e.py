@@ -229,12 +229,20 @@ def test_a_corrupt_model_is_one_line_and_exit_code_3(model: Path, tmp_path: Path
 
 
 def _check_names(client: openai.OpenAI) -> None:
-    assert {listed.id for listed in client.models.list()} == {"one", "two", "nick"}
+    tasks = {listed.id: listed.to_dict()["tasks"] for listed in client.models.list()}
+    assert tasks.pop("vectors")[0] == "embed"
+    assert tasks == {name: ["generate"] for name in ("one", "two", "nick")}
     for name, model in (("one", "one"), ("two", "two"), ("nick", "one")):
         assert client.completions.create(model=name, prompt="x", max_tokens=3).model == model
-    with pytest.raises(openai.NotFoundError, match="Served here: one, two"):
+    (found,) = client.embeddings.create(model="vectors", input="x").data
+    assert sum(value * value for value in found.embedding) == pytest.approx(1, abs=1e-3)
+    with pytest.raises(openai.BadRequestError, match="'two' cannot make embeddings"):
+        client.embeddings.create(model="two", input="x")
+    with pytest.raises(openai.BadRequestError, match="'vectors' cannot generate text"):
+        client.completions.create(model="vectors", prompt="x")
+    with pytest.raises(openai.NotFoundError, match="Served here: one, two, vectors"):
         client.completions.create(model="three", prompt="x")
-    with pytest.raises(openai.BadRequestError, match="name one of one, two"):
+    with pytest.raises(openai.BadRequestError, match="name one of one, two, vectors"):
         client.completions.create(model="", prompt="x")
 
 
@@ -257,7 +265,7 @@ def _check_loss_of_one(running: Spawned, client: openai.OpenAI) -> None:
     assert set(statuses) == {200, 503}
 
 
-@pytest.mark.row("A1.4", "A1.5", "A1.6")
+@pytest.mark.row("A1.4", "A1.5", "A1.6", "A10.13")
 def test_two_models_of_one_file_and_nothing_outlives_a_killed_supervisor(
     model: Path, tiny_checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -266,6 +274,7 @@ def test_two_models_of_one_file_and_nothing_outlives_a_killed_supervisor(
     entries = [
         {"model": str(model), "served-model-name": "one"},
         {"model": str(other), "served-model-name": "two", "max-model-len": 64},
+        {"model": str(model), "served-model-name": "vectors", "task": "embed"},
     ]
     # The port of the command line wins.
     file.write_text(json.dumps({"models": entries, "port": 1, "uvicorn-log-level": "warning"}))
