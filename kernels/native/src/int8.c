@@ -147,6 +147,12 @@ static void multiply(void *context, int64_t task) {
     int64_t end = row + p->block_rows < p->rows ? row + p->block_rows : p->rows;
     int64_t left = divide_up(p->outputs, PANEL) - panel, at_once = tile_rows(p->block_rows);
     int width = left < p->panels ? (int)left : p->panels;
+#if PS_LANES == 16
+    if (p->rows <= MAX_ROWS) {
+        few[p->rows - 1](p, panel, width);
+        return;
+    }
+#endif
     while (row < end) {
         int64_t height = end - row < at_once ? end - row : at_once;
         tiles[height - 1][width - 1](p, row, panel);

@@ -122,6 +122,55 @@ typedef void (*tile_fn)(const struct product *p, int64_t row, int64_t panel);
         tile(p, row, panel, height, width);                                                                    \
     }
 #if PS_LANES == 16
+/* Few rows, whose weight comes from memory: a panel after the other, as one stream is read faster than several.
+ * Each row's sums are divided over `chains` by their columns, since one chain would wait for itself; `height` and
+ * `chains` are constant wherever this is inlined. */
+enum { MOST_CHAINS = 4, FETCHING_ROWS = 3, AHEAD_BYTES = 8192 };
+
+PS_INLINE void panels_of_few(const struct product *p, int64_t panel, int64_t width, int height, int chains) {
+    const int64_t padded = p->padded, whole = padded - padded % (4 * chains);
+    for (int64_t end = panel + width; panel < end; panel++) {
+        const uint8_t *weight = p->weight + panel * PANEL * padded;
+        __m512i sums[MAX_ROWS][MOST_CHAINS];
+#pragma GCC unroll 8
+        for (int i = 0; i < height; i++)
+#pragma GCC unroll 4
+            for (int c = 0; c < chains; c++)
+                sums[i][c] = _mm512_set1_epi32(c ? 0 : p->start[i]);
+        for (int64_t k = 0; k < padded; k += 4 * chains)
+#pragma GCC unroll 4
+            for (int c = 0; c < chains; c++) {
+                const int64_t column = k + 4 * c;
+                if (k >= whole && column >= padded)
+                    break;
+                const __m512i w = _mm512_loadu_si512(weight + column * PANEL);
+                if (height >= FETCHING_ROWS)
+                    __builtin_prefetch(weight + column * PANEL + AHEAD_BYTES, 0, 2);
+#pragma GCC unroll 8
+                for (int i = 0; i < height; i++) {
+                    int32_t four;
+                    memcpy(&four, p->codes + i * padded + column, 4);
+                    sums[i][c] = _mm512_dpbusd_epi32(sums[i][c], w, _mm512_set1_epi32(four));
+                }
+            }
+#pragma GCC unroll 8
+        for (int i = 0; i < height; i++) {
+#pragma GCC unroll 4
+            for (int c = 1; c < chains; c++)
+                sums[i][0] = _mm512_add_epi32(sums[i][0], sums[i][c]);
+            finish_any(p, (vi)sums[i][0], i, panel * PANEL);
+        }
+    }
+}
+
+#define FEW(height, chains)                                                                                    \
+    static void few_##height(const struct product *p, int64_t panel, int64_t width) {                          \
+        panels_of_few(p, panel, width, height, chains);                                                        \
+    }
+FEW(1, 4) FEW(2, 4) FEW(3, 4) FEW(4, 4) FEW(5, 2) FEW(6, 2) FEW(7, 2) FEW(8, 2)
+static void (*const few[MAX_ROWS])(const struct product *, int64_t, int64_t) = {
+    few_1, few_2, few_3, few_4, few_5, few_6, few_7, few_8};
+
 #define TILES(height) TILE(height, 1) TILE(height, 2) TILE(height, 3) TILE(height, 4)
 TILES(1) TILES(2) TILES(3) TILES(4) TILES(5) TILES(6)
 TILE(7, 1) TILE(7, 2) TILE(7, 3) TILE(8, 1) TILE(8, 2) TILE(8, 3)
