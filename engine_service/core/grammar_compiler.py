@@ -11,18 +11,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from penstock.engine_service.core.grammar_source import GrammarError
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 TOKENIZER_FILE = "tokenizer.json"
-# Items of the parser in one mask, which is what an ambiguous grammar can cost at every token: 20 ms here at
-# 152k tokens. The library's own limit is five times as much; usual schemas and grammars need a fraction.
-_MAX_ITEMS = 10_000
+# Items of the parser in one mask, which is what an ambiguous grammar can cost at every token: 40 ms at 152k
+# tokens. The library's own limit of 50,000 let one take up to 300 ms. A row has what may follow one byte, of
+# which an object needs four for each property that may be left out: some 500 of them fit both limits.
+_MAX_ITEMS = 20_000
+_MAX_ITEMS_IN_ROW = 8_000
+_TRIED_TOKENS = 3
 _UNIMPLEMENTED = re.compile(r"Unimplemented keys: \[(.*?)\]")
 _EXCERPT = re.compile(r"\n\s*\d+ \|")  # the library shows the place in the source
-_TOO_COMPLEX = re.compile(r"too (big|large|many|complex|deeply)|limit|fuel|TooComplex", re.IGNORECASE)
+_TOO_COMPLEX = re.compile(r"too (big|large|many|complex|deeply)|limit|fuel|max is|TooComplex", re.IGNORECASE)
 
 
 def can_compile(folder: Path) -> bool:
@@ -46,7 +51,9 @@ class GrammarCompiler:
         if self._tokenizer is None:
             from llguidance import LLParserLimits, LLTokenizer
 
-            self._limits = LLParserLimits(verbose_errors=False, step_max_items=_MAX_ITEMS)
+            self._limits = LLParserLimits(
+                verbose_errors=False, step_max_items=_MAX_ITEMS, max_items_in_row=_MAX_ITEMS_IN_ROW
+            )
             source = self._file.read_text("utf-8")
             ends = self._eos_token_ids or None
             try:
@@ -66,9 +73,24 @@ class GrammarCompiler:
             matcher.compute_bitmask()
         if matcher.is_error():
             raise as_grammar_error(matcher.get_error())
+        _try_out(matcher.deep_copy())
         if matcher.is_stopped():
             raise GrammarError("The constraint allows nothing but an empty answer.")
         return matcher
+
+
+def _try_out(matcher: LLMatcher) -> None:
+    """Some tokens of an answer: what would end it with an error soon is to be found before it begins. Raises
+    GrammarError."""
+    for _ in range(_TRIED_TOKENS):
+        words = np.frombuffer(matcher.compute_bitmask(), np.uint32)
+        places = np.flatnonzero(words)
+        if not places.size or matcher.is_stopped():
+            break
+        word = int(words[places[0]])
+        matcher.consume_token(32 * int(places[0]) + (word & -word).bit_length() - 1)
+    if matcher.is_error():
+        raise as_grammar_error(matcher.get_error())
 
 
 def as_grammar_error(text: str) -> GrammarError:
