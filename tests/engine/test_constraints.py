@@ -29,7 +29,7 @@ CPU = torch.device("cpu")
 
 def outputs(asked: ConstraintSource, count: int = 24, **fields: Any) -> list[str]:
     """What random answers come to; every one must have ended."""
-    sequences = [constrained(asked, **fields) for _ in range(count)]
+    sequences = [constrained(asked, **{"sampling": Sampling(seed=seed), **fields}) for seed in range(count)]
     ends = Dice().run(sequences, 600)
     assert set(ends) <= {"eos", "complete"}, ends
     return [text_of(sequence).decode() for sequence in sequences]
@@ -73,7 +73,7 @@ def test_grammar(grammar: str) -> None:
             pass
         return re.fullmatch(r"[0-9]{1,3}|N", text) is not None
 
-    sequences = [constrained(source("grammar", grammar)) for _ in range(40)]
+    sequences = [constrained(source("grammar", grammar), sampling=Sampling(seed=seed)) for seed in range(40)]
     ends = Dice(spread=1.0).run(sequences, 300)
     done = [text_of(s).decode() for s, end in zip(sequences, ends, strict=True) if end != "length"]
     assert len(done) > 20
