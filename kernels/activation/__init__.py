@@ -25,5 +25,6 @@ def relu(x: Tensor) -> Tensor:
 
 
 def gelu(x: Tensor, tanh: bool = False) -> Tensor:
-    """x * Phi(x), Phi the normal distribution function; with `tanh` its usual tanh approximation."""
+    """x * Phi(x), Phi the normal distribution function; with `tanh` its usual tanh approximation. May work in
+    place: use only the result."""
     return implementation("activation", x.device.type).gelu(x, tanh)

@@ -1,23 +1,49 @@
-"""silu_mul by the native library; what models use less is the reference's."""
+"""silu_mul, gelu and gelu_mul by the native library; what models use less is the reference's."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
 from penstock.kernels.activation import reference
-from penstock.kernels.activation.reference import gelu, gelu_mul, relu
-from penstock.kernels.native.library import DTYPES, INT, INT64, POINTER, bind, threads_for
+from penstock.kernels.activation.reference import relu
+from penstock.kernels.native.library import DTYPES, INT, INT64, POINTER, Function, bind, threads_for
 
 __all__ = ["gelu", "gelu_mul", "relu", "silu_mul"]
 
-_silu_mul = bind(__name__, "_silu_mul", "silu_mul", POINTER, POINTER, INT64, INT64, INT, INT)
+_TYPES = (POINTER, POINTER, INT64, INT64, INT, INT)
+_silu_mul = bind(__name__, "_silu_mul", "silu_mul", *_TYPES)
+_gelu_mul = bind(__name__, "_gelu_mul", "gelu_mul", *_TYPES)
+_gelu = bind(__name__, "_gelu", "gelu", *_TYPES)
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
-    kind = DTYPES.get(gate_up.dtype)
-    if kind is None or not gate_up.is_contiguous():
+    if not _suits(gate_up):
         return reference.silu_mul(gate_up)
+    return _run(_silu_mul, gate_up)
+
+
+def gelu_mul(gate_up: Tensor, tanh: bool = False) -> Tensor:
+    if tanh or not _suits(gate_up):
+        return reference.gelu_mul(gate_up, tanh)
+    return _run(_gelu_mul, gate_up)
+
+
+def gelu(x: Tensor, tanh: bool = False) -> Tensor:
+    if tanh or not _suits(x):
+        return reference.gelu(x, tanh)
+    # In place: pages of fresh memory would take longer than the arithmetic.
+    _gelu(x.data_ptr(), x.data_ptr(), *x.shape, DTYPES[x.dtype], threads_for(x.numel()))
+    return x
+
+
+def _suits(x: Tensor) -> bool:
+    return x.dtype in DTYPES and x.dim() == 2 and x.is_contiguous()
+
+
+def _run(function: Function, gate_up: Tensor) -> Tensor:
     rows, both = gate_up.shape
     out = gate_up.new_empty((rows, both // 2))
-    _silu_mul(gate_up.data_ptr(), out.data_ptr(), rows, both // 2, kind, threads_for(rows * both))
+    function(
+        gate_up.data_ptr(), out.data_ptr(), rows, both // 2, DTYPES[gate_up.dtype], threads_for(rows * both)
+    )
     return out

@@ -81,6 +81,17 @@ class TestRows:
             out = dispatch.load("activation", "native").silu_mul(gate_up)
             torch.testing.assert_close(out.double(), wanted, atol=tolerance, rtol=tolerance)
 
+    def test_gelu(self, dtype: torch.dtype, rows: int, size: int) -> None:
+        native = dispatch.load("activation", "native")
+        both = random(rows, 2 * size, dtype=dtype) * 4
+        x, up = both.double().chunk(2, dim=-1)
+        whole = 0.5 * both.double() * torch.erfc(-both.double() / 2**0.5)
+        tolerance = {"atol": DTYPES[dtype], "rtol": DTYPES[dtype]}
+        wanted = 0.5 * x * torch.erfc(-x / 2**0.5) * up
+        torch.testing.assert_close(native.gelu_mul(both).double(), wanted, **tolerance)
+        torch.testing.assert_close(native.gelu(both.clone()).double(), whole, **tolerance)
+        assert native.gelu(torch.full_like(both, float("nan"))).isnan().all()
+
     def test_argmax(self, dtype: torch.dtype, rows: int, size: int) -> None:
         argmax = dispatch.load("logits", "native").argmax
         for logits in (random(rows, size, dtype=dtype), random(rows, size + 3, dtype=dtype)[:, 1:-2]):
