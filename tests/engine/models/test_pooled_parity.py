@@ -14,6 +14,7 @@ from torch import Tensor
 pytest.importorskip("transformers")
 
 from penstock.engine_service.backends.cpu import CpuBackend
+from penstock.engine_service.models.errors import ModelError
 from penstock.engine_service.models.pooled import PooledModel, Pooling, varlen_batch
 from penstock.engine_service.models.pooled_build import build_pooled
 from penstock.engine_service.models.pooled_config import read_pooled_info
@@ -222,3 +223,27 @@ def test_scores_are_those_of_a_cross_encoder(tmp_path: Path, backend: CpuBackend
     # What CrossEncoder.predict makes of one label's logit.
     wanted = torch.cat([theirs(torch.tensor([ids])).logits.sigmoid() for ids in pairs])
     torch.testing.assert_close(scores, wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_tensors_that_are_missing_or_left_over_are_named(tmp_path: Path, backend: CpuBackend) -> None:
+    safetensors = pytest.importorskip("safetensors.torch")
+    with torch.inference_mode(False):
+        make_pooled(tmp_path, "Bert")
+    tensors = safetensors.load_file(tmp_path / "model.safetensors")
+    # Old checkpoints store positions, and the names of another framework.
+    tensors["embeddings.position_ids"] = torch.arange(80)[None]
+    for old, new in (("weight", "gamma"), ("bias", "beta")):
+        tensors[f"embeddings.LayerNorm.{new}"] = tensors.pop(f"embeddings.LayerNorm.{old}")
+    safetensors.save_file(tensors, tmp_path / "model.safetensors")
+    load(tmp_path, backend)
+    safetensors.save_file({**tensors, "adapter.weight": torch.ones(2, 2)}, tmp_path / "model.safetensors")
+    with pytest.raises(ModelError, match=r"tensor 'adapter\.weight' belongs to no part"):
+        load(tmp_path, backend)
+    missing = tensors.pop("encoder.layer.1.output.dense.bias")
+    safetensors.save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ModelError, match=r"'encoder\.layer\.1\.output\.dense\.bias' is missing"):
+        load(tmp_path, backend)
+    tensors["encoder.layer.1.output.dense.bias"] = missing.long()
+    safetensors.save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ModelError, match=r"dense\.bias' has dtype torch\.int64, expected one of F32"):
+        load(tmp_path, backend)
