@@ -164,7 +164,8 @@ class BatchValidator:
         for number, item in enumerate(inputs):
             if item.media:
                 raise unserved(f"{name}.media")
-            size = len(item.token_ids)
+            row = list(item.token_ids)  # twice as fast to look through
+            size = len(row)
             if not size:
                 raise invalid(f"Input {number} has no tokens.", name)
             if size > limit:
@@ -173,8 +174,8 @@ class BatchValidator:
                     f"This model's maximum input length is {limit} tokens. Input {number} has {size} tokens.",
                     name,
                 )
-            self.common.check_ids(item.token_ids, name)
-            ids.extend(item.token_ids)
+            self.common.check_ids(row, name)
+            ids.fromlist(row)
             lengths.append(size)
         return AddPooled(
             request_id,

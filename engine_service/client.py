@@ -111,6 +111,7 @@ class EngineClient:
         self._idle = asyncio.Event()
         self._idle.set()
         self.ready: Ready | None = None
+        self._pooled = False
         self.ready_unix_s = 0
         self.totals = Totals()
         self.keeper = CoreKeeper(
@@ -192,8 +193,7 @@ class EngineClient:
         """What waits now, requests included that the core has not reported yet."""
         core = self.totals.core
         # A pooled model has no slots: whatever is not computed yet waits.
-        pooled = self.ready is not None and self.ready.pooled is not None
-        free = 0 if core.waiting else max(0, (1 if pooled else self._max_num_seqs) - core.running)
+        free = 0 if core.waiting else max(0, (1 if self._pooled else self._max_num_seqs) - core.running)
         unseen = list(self._unseen)[free:]
         return Queue(core.waiting + len(unseen), core.waiting_tokens + sum(unseen), len(self._unseen) < free)
 
@@ -223,7 +223,7 @@ class EngineClient:
             case Progress():
                 self._on_progress(message.done, message.total)
             case Ready():
-                self.ready = message
+                self.ready, self._pooled = message, message.pooled is not None
                 self.ready_unix_s = int(time.time())
             case CacheFlushed():
                 answer = self._flushes.get(message.serial)
@@ -313,7 +313,7 @@ class EngineClient:
 
     def _tick(self) -> None:
         """Deadlines are the scheduler's business; without a loaded core they are ours."""
-        self.totals.sample(time.monotonic())
+        self.totals.sample(time.monotonic(), self._pooled)
         if self.state is State.READY:
             return
         now_us = time.monotonic_ns() // 1000

@@ -104,15 +104,15 @@ async def _serve(config: EngineConfig, service: EngineService) -> int:
 
 
 async def _log_stats(service: EngineService) -> None:
-    """One line per interval in which tokens were generated."""
+    """One line per interval in which tokens were computed."""
     totals = service.client.totals
     seen = 0
     while True:
         await asyncio.sleep(_STATS_INTERVAL_S)
         load = totals.load
-        if load.generation_tokens == seen and not load.running:
+        if load.prompt_tokens + load.generation_tokens == seen and not load.running:
             continue
-        seen = load.generation_tokens
+        seen = load.prompt_tokens + load.generation_tokens
         log.info(
             "running %d, waiting %d, KV cache %.1f %%, %.1f tokens/s",
             load.running,

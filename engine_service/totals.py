@@ -73,8 +73,10 @@ class Totals:
         self._load = Load()
         self._past = replace(Load(), **{name: getattr(self._past, name) for name in _SUMMED})
 
-    def sample(self, now_s: float) -> None:
-        self.token_rate.sample(now_s, self.load.generation_tokens)
+    def sample(self, now_s: float, pooled: bool) -> None:
+        """pooled: the model generates nothing, its tokens are those of its inputs."""
+        load = self.load
+        self.token_rate.sample(now_s, load.prompt_tokens if pooled else load.generation_tokens)
         self.start_rate.sample(now_s, self.started)
 
     @property

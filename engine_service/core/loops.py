@@ -32,12 +32,13 @@ def make_loop(configure: Configure, built: Built, inbox: Inbox, outbox: Outbox) 
     if ready.pooled is None:
         runner = cast(Runner, built.runner)
         return EngineLoop.of_model(configure, ready, runner, inbox, outbox, built.constraints)
+    pooled = cast(PooledRunner, built.runner)
     return PooledLoop(
-        cast(PooledRunner, built.runner),
+        pooled,
         inbox,
         outbox,
         tasks=ready.tasks,
-        max_batched_tokens=configure.max_num_batched_tokens,
+        max_batched_tokens=min(configure.max_num_batched_tokens, pooled.max_step_tokens),
         max_inputs=configure.max_num_seqs,
         max_input_tokens=ready.max_model_len,
     )

@@ -18,6 +18,10 @@ log = logging.getLogger("penstock.engine.pooled")
 
 
 class PooledRunner(Protocol):
+    @property
+    def max_step_tokens(self) -> int:
+        """Beyond it a step is longer and nothing else."""
+
     def run(self, inputs: list[PooledInput]) -> list[Rows | RequestError]:
         """What each input was computed for, or its own error. An exception means that the step as a whole
         failed."""

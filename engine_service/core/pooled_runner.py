@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import NamedTuple
 
 import numpy as np
@@ -14,7 +13,9 @@ from penstock.engine_service.core.messages import CLASSIFY, SIMILARITY, AddPoole
 from penstock.engine_service.core.pooled_call import PooledInput, Rows
 from penstock.engine_service.models.pooled import PooledModel, Pooling, VarlenBatch
 
-log = logging.getLogger("penstock.engine.pooled")
+# Of a step on a CPU, for each thread: the activations of more leave the caches, and others wait longer.
+_CPU_TOKENS_PER_THREAD = 512
+_ANY = 1 << 62
 
 
 class _Wish(NamedTuple):
@@ -41,6 +42,8 @@ class PooledRunner:
     def __init__(self, model: PooledModel, backend: Backend) -> None:
         self._model = model
         self._device = backend.device
+        threads = torch.get_num_threads()
+        self.max_step_tokens = threads * _CPU_TOKENS_PER_THREAD if self._device.type == "cpu" else _ANY
 
     @torch.inference_mode()
     def run(self, inputs: list[PooledInput]) -> list[Rows | RequestError]:

@@ -59,6 +59,7 @@ def logits(ids: Sequence[int], *, activate: bool = True) -> Rows:
 class FakePooledRunner:
     steps: list[list[tuple[int, int]]] = field(default_factory=list)  # (request, input) of each step
     on_run: Callable[[list[PooledInput]], None] = lambda inputs: None
+    max_step_tokens: int = 64
 
     def run(self, inputs: list[PooledInput]) -> list[Rows | RequestError]:
         self.steps.append([(item.call.id, item.number) for item in inputs])

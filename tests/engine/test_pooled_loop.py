@@ -58,6 +58,12 @@ def test_steps_keep_to_the_budget_and_inputs_beyond_it_run_alone() -> None:
     assert sorted(size for step in sizes for size in step) == sorted(map(len, inputs))
 
 
+def test_steps_are_no_longer_than_the_runner_likes() -> None:
+    harness = PooledHarness(max_num_batched_tokens=500, max_num_seqs=50)
+    harness.run(call(1, [[1] * 8] * 20))
+    assert [len(step) for step in harness.runner.steps] == [8, 8, 4]
+
+
 def test_a_small_request_goes_into_the_next_step() -> None:
     harness = PooledHarness()
     harness.put(call(1, [[1] * 8] * 100))
