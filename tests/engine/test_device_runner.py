@@ -156,19 +156,22 @@ def test_slots_pass_from_one_sequence_to_another(llama: Any) -> None:
 
 @pytest.mark.parametrize("max_elements", [1, 272 * 5, 1 << 24])
 @pytest.mark.parametrize("chunk", [1, 4, 100])
-def test_prompt_scores(llama: Any, chunk: int, max_elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("first", [1, 6])
+def test_prompt_scores(
+    llama: Any, chunk: int, max_elements: int, first: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(device_prompt_logprobs, "_MAX_ELEMENTS", max_elements)
     prompt = PROMPTS[4]
     assert len(prompt) > 16
     runner = device_runner(llama)
-    asked = Job(prompt, 2, chunk=chunk, sampling={"prompt_logprobs": 3})
+    asked = Job(prompt, 2, chunk=chunk, sampling={"prompt_logprobs": 3, "prompt_logprobs_from": first})
     Driver(runner, lookahead=True).run([Job(PROMPTS[1], 30), asked, Job(PROMPTS[5], 12)])
-    expected = reference_scores(llama, prompt)
+    expected = reference_scores(llama, prompt)[first - 1 :]
     values = [value for rows in asked.scores for value in rows.logprobs]
     ranks = [value for rows in asked.scores for value in rows.ranks]
     ids = [value for rows in asked.scores for value in rows.alternative_ids]
     alternatives = [value for rows in asked.scores for value in rows.alternative_logprobs]
-    own = expected[range(len(prompt) - 1), prompt[1:]]
+    own = expected[range(len(prompt) - first), prompt[first:]]
     assert values == pytest.approx(own.tolist(), abs=1e-4)
     assert ranks == ((expected[:-1] > own[:, None]).sum(dim=1) + 1).tolist()
     best, best_ids = expected[:-1].topk(3)
