@@ -86,6 +86,23 @@ def test_prompts_scored_from_a_token_on_in_chunks_and_from_the_cache() -> None:
             assert usage.cached_tokens == (0 if number == 0 else (first - 1) // 4 * 4)
 
 
+def test_scores_of_a_prompt_that_gave_up_its_blocks_are_told_once() -> None:
+    for first in (1, 7, 15):
+        harness = Harness(max_num_batched_tokens=5, block_size=4)
+        sampling = Sampling(prompt_logprobs=0, prompt_logprobs_from=first)
+        harness.put(AddRequest(1, list(range(30)), sampling, max_new_tokens=0))
+        harness.steps(4)
+        request = harness.loop.scheduler.get(1)
+        assert request is not None
+        harness.loop.scheduler._preempt(request.sequences[0])
+        harness.run()
+        rows = harness.said[1].started[0].prompt_logprobs
+        assert rows is not None
+        assert rows.logprobs[-(30 - first) :] == [logprob_of(token) for token in range(first, 30)]
+        assert len(rows.logprobs) == 30 - (first if first > 1 else 0)
+        harness.check_idle()
+
+
 def test_prompt_of_one_token_has_one_empty_row() -> None:
     said = Harness().generate(
         AddRequest(id=1, prompt=[5], max_new_tokens=0, sampling=Sampling(prompt_logprobs=2))

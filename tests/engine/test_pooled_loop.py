@@ -80,6 +80,19 @@ def test_a_small_request_goes_into_the_next_step() -> None:
     assert len(harness.rows(1)) == 100
 
 
+def test_a_large_newcomer_shares_with_who_was_served_before() -> None:
+    harness = PooledHarness()
+    harness.put(call(1, [[1] * 8] * 100))
+    for _ in range(30):
+        harness.loop.step()
+    harness.put(call(2, [[2] * 8] * 100))
+    for _ in range(4):
+        harness.loop.step()
+    served = [number for step in harness.runner.steps[30:] for number, _ in step]
+    assert served.count(1) == served.count(2) == 4
+    harness.run()
+
+
 def test_a_long_input_is_not_passed_over_for_ever() -> None:
     harness = PooledHarness()
     harness.put(call(1, [[1] * 3] * 50), call(2, [[2] * 40]))

@@ -42,7 +42,7 @@ def oracle(llama: Path) -> Any:
 async def shared(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Engine]:
     socket = tmp_path_factory.mktemp("scoring") / "engine.sock"
     async with running_engine(
-        llama, command=COMMAND, listen=(f"unix:{socket}",), num_kv_blocks=200, max_num_batched_tokens=64,
+        llama, command=COMMAND, listen=(f"unix:{socket}",), num_kv_blocks=400, max_num_batched_tokens=512,
         max_num_seqs=16, threads=1,
     ) as engine:  # fmt: skip
         yield engine
@@ -153,14 +153,14 @@ async def test_a_call_that_is_given_up_leaves_nothing(engine: Engine) -> None:
     running = engine.stub.Score(
         pb.ScoreRequest(labels=labels([[number, *CONTEXT] for number in range(200)] * 10))
     )
-    await engine.until(lambda load: load.running)
+    await engine.until(lambda load: load.open_streams)
     running.cancel()
     load = await engine.check_idle()
     assert load.aborted
     error = await refused(score(engine, 0.05, labels=labels([[1, *CONTEXT]] * 2000)))
     assert error.reason == "timeout"
     running = engine.stub.Score(pb.ScoreRequest(labels=labels([[1, *CONTEXT]] * 2000), request_id="mine"))
-    await engine.until(lambda load: load.running)
+    await engine.until(lambda load: load.open_streams)
     await engine.stub.Abort(pb.AbortRequest(request_ids=["mine"]))
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await running
