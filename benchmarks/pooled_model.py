@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-BUDGET = 2048  # tokens of a batch
+BUDGET = 512  # tokens of a batch for each thread
 SHORT = "What is the capital of France?"
 
 Encode = Callable[[Sequence[str]], "Tensor"]
@@ -87,7 +87,7 @@ def make_encoders(threads: int) -> dict[str, Encode]:
         out = torch.empty(len(inputs), model.info.dimensions)
         while order:
             tokens = taken = 0
-            while taken < len(order) and tokens + len(inputs[order[taken]]) <= BUDGET:
+            while taken < len(order) and tokens + len(inputs[order[taken]]) <= BUDGET * threads:
                 tokens += len(inputs[order[taken]])
                 taken += 1
             chosen, order = order[:taken], order[taken:]

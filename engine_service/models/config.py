@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from penstock.engine_service.models.architectures import described
 from penstock.engine_service.models.errors import ModelError
 from penstock.engine_service.models.fields import Fields, read_json
 from penstock.engine_service.models.rope import RopeSpec, longest_context, read_rope
@@ -63,7 +64,7 @@ def _architecture(config: Fields) -> str:
     if not isinstance(names, list) or not names or not isinstance(names[0], str):
         raise config.wrong("architectures", "a list of names")
     if names[0] not in _READERS:
-        known = ", ".join(_READERS)
+        known = f"{', '.join(_READERS)}; {described()}"
         raise ModelError(f"config.json: architecture '{names[0][:60]}' is not supported; supported: {known}")
     return names[0]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from penstock.engine_service.models.architectures import CLASSIFIER, ENCODERS, divide
 from penstock.engine_service.models.classifier_config import ClassifierSpec, read_classifier
 from penstock.engine_service.models.config import ModelSpec, read_decoder
 from penstock.engine_service.models.encoder_config import EncoderSpec, read_encoder
@@ -20,21 +21,6 @@ from penstock.engine_service.models.sentence_modules import (
 )
 
 TASKS = ("auto", "generate", "embed", "score", "classify")
-CLASSIFIER = "ForSequenceClassification"
-
-# Name before what follows "Model" or "For" -> family.
-_ENCODERS = {
-    "Bert": "bert",
-    "Roberta": "roberta",
-    "XLMRoberta": "xlm-roberta",
-    "Camembert": "roberta",
-    "DistilBert": "distilbert",
-    "MPNet": "mpnet",
-    "ModernBert": "modernbert",
-    "NomicBert": "nomic_bert",
-}
-_ENCODER_ENDS = ("Model", "ForMaskedLM", "ForPreTraining", CLASSIFIER)
-_DECODERS = ("Llama", "Mistral", "Qwen2", "Qwen3")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,12 +33,6 @@ class PooledSpec:
     decoder: ModelSpec | None
     dense: tuple[DenseSpec, ...]
     classifier: ClassifierSpec | None
-
-
-def supported_names() -> list[str]:
-    """Architectures of pooled models."""
-    encoders = [name + end for name in _ENCODERS for end in _ENCODER_ENDS if end != "ForPreTraining"]
-    return encoders + [name + end for name in _DECODERS for end in ("Model", CLASSIFIER)]
 
 
 def read_pooled_info(folder: Path, task: str = "auto") -> PooledInfo | None:
@@ -76,7 +56,7 @@ def read_pooled_spec(folder: Path, task: str = "auto") -> PooledSpec | None:
     config = Fields(read_json(folder, "config.json"), "config.json")
     names = config.raw("architectures")
     name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""
-    base, end = _divide(name)
+    base, end = divide(name)
     if not base:
         return None
     generates = end == "ForCausalLM"
@@ -92,17 +72,6 @@ def read_pooled_spec(folder: Path, task: str = "auto") -> PooledSpec | None:
     return _read(folder, config, name, base, tasks)
 
 
-def _divide(name: str) -> tuple[str, str]:
-    """BertForMaskedLM -> Bert, ForMaskedLM; two empty strings for what is no pooled model."""
-    for base in _ENCODERS:
-        if name.removeprefix(base) in _ENCODER_ENDS and name.startswith(base):
-            return base, name.removeprefix(base)
-    for base in _DECODERS:
-        if name.removeprefix(base) in ("Model", CLASSIFIER, "ForCausalLM") and name.startswith(base):
-            return base, name.removeprefix(base)
-    return "", ""
-
-
 def _tasks(end: str, config: Fields) -> tuple[str, ...]:
     if end != CLASSIFIER:
         return ("embed",)
@@ -110,7 +79,7 @@ def _tasks(end: str, config: Fields) -> tuple[str, ...]:
 
 
 def _read(folder: Path, config: Fields, name: str, base: str, tasks: tuple[str, ...]) -> PooledSpec:
-    family = _ENCODERS.get(base, "decoder")
+    family = ENCODERS.get(base, "decoder")
     if "quantization_config" in config:
         raise ModelError("config.json: quantization_config is not supported; use unquantized weights")
     # Nomic's published folders name code for other programs; it is not needed here, and never run.

@@ -16,7 +16,11 @@ from penstock.engine_service.core.messages import Configure
 from penstock.engine_service.models.errors import ModelError
 
 INDEX = "model.safetensors.index.json"
-ARCHITECTURES = "OPTForCausalLM, LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM"
+ARCHITECTURES = (
+    "OPTForCausalLM, LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM; to embed or "
+    "classify Bert, Roberta, XLMRoberta, Camembert, DistilBert, MPNet, ModernBert, NomicBert, Llama, "
+    "Mistral, Qwen2, Qwen3 with Model or ForSequenceClassification"
+)
 
 
 @pytest.fixture
