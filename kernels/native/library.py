@@ -177,10 +177,14 @@ def _team_of_torch() -> int | None:
 
 
 def _openmp_paths() -> list[str]:
+    """The OpenMP runtimes of this process, those of torch's own folder first: other packages, scikit-learn
+    for one, bring theirs, and torch's threads are not in them."""
     try:
         with open("/proc/self/maps") as maps:
             paths = {line.split(None, 5)[5].strip() for line in maps if "omp" in line and ".so" in line}
     except OSError:
         return []
     names = ("libgomp", "libiomp5", "libomp")
-    return sorted(path for path in paths if os.path.basename(path).startswith(names))
+    found = sorted(path for path in paths if os.path.basename(path).startswith(names))
+    torch_folder = os.path.dirname(os.path.realpath(torch.__file__)) + os.sep
+    return sorted(found, key=lambda path: not os.path.realpath(path).startswith(torch_folder))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -208,11 +209,16 @@ def test_an_instruction_set_can_be_asked_for() -> None:
         opened.function("levitate")
 
 
-def test_one_openmp_runtime_lends_its_threads() -> None:
-    """A second one would bring threads of its own to the same cores."""
-    paths = library._openmp_paths()
-    assert len(paths) == 1, paths
+def test_torchs_openmp_runtime_lends_its_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second one would bring threads of its own to the same cores. Another package's may be there, and
+    come first by its name."""
+    folder = Path(torch.__file__).parent
+    assert Path(library._openmp_paths()[0]).is_relative_to(folder)
     assert library._team_of_torch() is not None
+    others = "/a/scikit_learn.libs/libgomp-e985.so.1", f"{folder}/lib/libgomp.so.1", "/b/libxyz_omp.so"
+    maps = "".join(f"7f00-7f01 r-xp 00000000 08:01 42 {path}\n" for path in others)
+    monkeypatch.setattr("builtins.open", lambda name: io.StringIO(maps))
+    assert library._openmp_paths() == [others[1], others[0]]
 
 
 def test_without_a_library_torch_runs_the_ops(monkeypatch: pytest.MonkeyPatch) -> None:
