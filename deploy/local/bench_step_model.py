@@ -17,6 +17,7 @@ from penstock.engine_service.core.build import make_backend
 from penstock.engine_service.core.memory import make_kv_caches
 from penstock.engine_service.core.messages import AddRequest, Configure, Sampling
 from penstock.engine_service.core.plan import StepPlan
+from penstock.engine_service.core.replay import MOST_ROWS
 from penstock.engine_service.core.request import Request
 from penstock.engine_service.core.runner import Runner
 from penstock.engine_service.core.sampler import Sampler
@@ -26,6 +27,7 @@ from penstock.engine_service.models.registry import build_model
 from penstock.engine_service.models.weights import DummyWeights
 from penstock.kernels import dispatch
 from penstock.kernels.native.library import library
+from penstock.kernels.native.program import NotRecordable, Program
 from penstock.local import bench_shape
 
 BLOCK_SIZE = 16
@@ -69,6 +71,7 @@ class StepModel:
         with torch.inference_mode():
             length = min(spec.max_position, longest + _SPARE_TOKENS)
             model = build_model(spec, DummyWeights(self.dtype), backend, length)
+        self._program = self._record_linears()
         self._runners = {}
         for path in self.paths:
             with _On(path), torch.inference_mode():
@@ -84,10 +87,22 @@ class StepModel:
 
     @torch.inference_mode()
     def linears(self, rows: int, head_rows: int) -> None:
-        """A step's linears alone."""
+        """A step's linears alone, in one call where a step's ops are."""
+        if self._program is not None and rows == head_rows <= self._program.capacity:
+            self._program.run(rows)
+            return
         for place, (linear, columns) in enumerate(self.made, 1):
             count = head_rows if place == len(self.made) else rows
             linear(torch.ones(count, columns, dtype=self.dtype))
+
+    def _record_linears(self) -> Program | None:
+        try:
+            program = Program(MOST_ROWS, self.dtype)
+            for linear, columns in self.made:
+                program.linear(linear, program.buffer("input", columns).fill_(1), "output")
+        except NotRecordable:
+            return None
+        return program
 
     def step_bytes(self, batch: int, context: int) -> int:
         """What a decode step has to read and write."""

@@ -56,7 +56,7 @@ class Replay:
         recorded.inputs.fill(plan, self._block_size)
         recorded.program.run(rows)
         ids, values = recorded.best
-        return recorded.logits[:rows], Best(ids[:rows, 0].numpy(), values[:rows, 0].numpy())
+        return recorded.logits[:rows], Best(ids[:rows], values[:rows])
 
     def _record(self, plan: StepPlan) -> _Recorded | None:
         if self._model is None:
@@ -69,7 +69,8 @@ class Replay:
             program = Program(capacity, self._kv_caches[0].dtype)
             inputs = _Inputs(program, plan.table.max_blocks)
             logits = self._model.record(program, inputs.buffers, self._kv_caches)
-            self._recorded = _Recorded(program, inputs, logits, program.argmax(logits))
+            ids, values = program.argmax(logits)
+            self._recorded = _Recorded(program, inputs, logits, Best(ids.numpy()[:, 0], values.numpy()[:, 0]))
         except NotRecordable as reason:
             log.debug("decode steps are not replayed: %s", reason)
             self._model = None
@@ -84,13 +85,22 @@ class _Inputs:
     """The program's first buffers, and numpy's view of them."""
 
     def __init__(self, program: Program, max_blocks: int) -> None:
-        names = ("token ids", "positions", "slots", "query lens", "seq lens")
-        columns = [program.buffer(name, 1, torch.int64) for name in names]
-        columns[3].fill_(1)
-        self.buffers = StepBuffers(*columns, program.buffer("block tables", max_blocks, torch.int64))
+        def column(name: str) -> Tensor:
+            return program.buffer(name, 1, torch.int64)
+
+        self.buffers = StepBuffers(
+            column("token ids"),
+            column("positions"),
+            column("slots"),
+            column("query lens").fill_(1),
+            column("seq lens"),
+            program.buffer("block tables", max_blocks, torch.int64),
+        )
         self._rows = np.arange(program.capacity)
-        views = [column.numpy()[:, 0] for column in columns]
-        self._token_ids, self._positions, self._slots, _, self._seq_lens = views
+        self._token_ids: Int64s = self.buffers.token_ids.numpy()[:, 0]
+        self._positions: Int64s = self.buffers.positions.numpy()[:, 0]
+        self._slots: Int64s = self.buffers.slots.numpy()[:, 0]
+        self._seq_lens: Int64s = self.buffers.seq_lens.numpy()[:, 0]
         self._tables: Int64s = self.buffers.block_tables.numpy()
 
     @property
@@ -115,7 +125,7 @@ class _Recorded(NamedTuple):
     program: Program
     inputs: _Inputs
     logits: Tensor
-    best: tuple[Tensor, Tensor]
+    best: Best  # of all the rows there is room for
 
     def has_room(self, plan: StepPlan) -> bool:
         return len(plan) <= self.program.capacity and plan.table.max_blocks <= self.inputs.max_blocks

@@ -27,7 +27,7 @@ class RowSampler(Protocol):
     """Chooses next tokens; an error concerns its row alone."""
 
     def sample(self, logits: Tensor, rows: SampleRows, best: Best | None = None) -> SampledRows:
-        """logits [R, vocab_size] in the model's dtype, which it may overwrite; best: of each row, if known."""
+        """logits [R, vocab_size] in the model's dtype, which it may overwrite; best: theirs, if known."""
 
     def needs_host_tokens(self, sequence: Sequence) -> bool: ...
 

@@ -72,8 +72,8 @@ class Decoder:
         return self._head(self.normed(hidden))
 
     def record(self, program: Program, inputs: StepBuffers, kv_caches: list[Tensor]) -> Tensor:
-        """Writes down what `forward` and `logits` do with a token a sequence; the buffer of the logits. Raises
-        NotRecordable for a model that is not all of one rank's, or whose linears are not the library's."""
+        """Writes down what `forward` and `logits` do with a token a sequence; the buffer of the logits.
+        Raises NotRecordable for one rank's part of a model, and for linears that are not the library's."""
         if not self._alone:
             raise NotRecordable("several ranks hold the model")
         if self._head is None:

@@ -1,11 +1,11 @@
 """Programs: calls of the native library, written down once and then made together, in one call of C.
 
-The buffers between the calls stay where they are; what changes from run to run is what lies in the first of them, and
-the number of rows. A run gives the same bits as the ops called one by one, because it is the same functions
-with the same numbers; what it saves is Python between them and fetching the threads for each.
+The buffers between the calls stay where they are; what changes from run to run is what lies in the first of
+them, and the number of rows. A run gives the same bits as the ops called one by one, because it is the same
+functions with the same numbers; what it saves is Python between them and fetching the threads for each.
 
-Every method writes down one op, as the op's own native.py would call it; tensors are contiguous buffers of the
-program's, or live as long as it. `src/program.c` makes the calls.
+Every method writes down one op, as the op's own native.py would call it; tensors are contiguous buffers of
+the program's, or live as long as it. `src/program.c` makes the calls.
 """
 
 from __future__ import annotations

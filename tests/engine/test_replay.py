@@ -41,7 +41,12 @@ BASE = {
     "tie_word_embeddings": False,
 }
 QWEN2 = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "num_key_value_heads": 2}
-QWEN3 = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "num_key_value_heads": 1, "head_dim": 80}
+QWEN3 = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "num_key_value_heads": 1,
+    "head_dim": 80,
+}
 MODELS: dict[str, dict[str, Any]] = {
     "heads of 24": {},
     "groups, biases, tied": {**QWEN2, "tie_word_embeddings": True},
@@ -92,7 +97,8 @@ class Both:
     def check(self, plan: StepPlan) -> bool:
         """Runs the plan both ways; all must agree to the bit. Whether it was replayed."""
         results = [runner.run(plan) for runner in self.runners]
-        assert not results[0].errors and not results[1].errors
+        assert not results[0].errors
+        assert not results[1].errors
         assert np.array_equal(results[0].tokens, results[1].tokens)
         assert torch.equal(self.samplers[0].logits, self.samplers[1].logits)
         assert all(torch.equal(mine, other) for mine, other in zip(*self.caches, strict=True))
