@@ -50,7 +50,9 @@ async def run_all(
     tally = Tally()
     items = (item for item in read_items(source) if item.custom_id not in results.done)
     bar = tqdm(total=total, initial=len(results.done), desc="requests", unit="", dynamic_ncols=True)
-    headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
+    headers = {"content-type": "application/json"}
+    if api_key:
+        headers["authorization"] = f"Bearer {api_key}"
     limits = httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency)
     timeout = httpx.Timeout(None, connect=CONNECT_TIMEOUT_S)
     try:
@@ -82,7 +84,7 @@ async def _ask(client: httpx.AsyncClient, item: Item) -> tuple[int, str, Any, di
     wait = _FIRST_WAIT_S
     for attempt in range(_MAX_RETRIES + 1):
         try:
-            answer = await client.post(item.path, json=item.body)
+            answer = await client.post(item.path, content=item.body)
         except httpx.HTTPError as error:
             if attempt == _MAX_RETRIES:
                 message = str(error) or type(error).__name__

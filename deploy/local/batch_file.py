@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 MAX_LINE_BYTES = 32 << 20  # what the server takes as a body
+# Visible characters, of which HTTP's client takes some 64 thousand at the most.
+_PATH = re.compile(r"/[!-~\u00a1-\ud7ff]{0,2048}")
+_HALF_CHARACTER = re.compile(r"[\ud800-\udfff]")
 
 
 class BatchError(Exception):
@@ -21,12 +25,12 @@ class BatchError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One request. number: its line, from 1. path: such as /v1/chat/completions."""
+    """One request. number: its line, from 1. path: such as /v1/chat/completions. body: JSON, as it is sent."""
 
     number: int
     custom_id: str
     path: str
-    body: dict[str, Any]
+    body: bytes
 
 
 def read_items(source: Path) -> Iterator[Item]:
@@ -70,15 +74,23 @@ def _item(source: Path, number: int, line: bytes) -> Item:
     custom_id, path, body = found.get("custom_id"), found.get("url"), found.get("body")
     if not isinstance(custom_id, str) or not custom_id:
         raise wrong("custom_id must be a text that is not empty")
+    if _HALF_CHARACTER.search(custom_id):
+        raise wrong("custom_id holds half of a character")
     if found.get("method", "POST") != "POST":
         raise wrong("method must be POST")
-    if not isinstance(path, str) or not path.startswith("/") or any(c.isspace() for c in path):
+    if not isinstance(path, str) or not _PATH.fullmatch(path):
         raise wrong('url must be a path such as "/v1/chat/completions"')
     if not isinstance(body, dict):
         raise wrong("body must be a JSON object")
     if body.get("stream"):
         raise wrong("body: 'stream' is not possible in a batch")
-    return Item(number, custom_id, path, body)
+    try:
+        sent = json.dumps(body, ensure_ascii=False, allow_nan=False).encode()
+    except UnicodeEncodeError:
+        raise wrong("body: a text holds half of a character") from None
+    except (ValueError, RecursionError):
+        raise wrong("body: not valid JSON") from None
+    return Item(number, custom_id, path, sent)
 
 
 class Results:
@@ -126,7 +138,8 @@ class Results:
             "response": response,
             "error": error,
         }
-        self._file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+        # Half a character in a foreign server's answer stays what it is in JSON: its escape.
+        self._file.write(json.dumps(line, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
         self._file.flush()
 
     def close(self) -> None:

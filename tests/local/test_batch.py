@@ -40,6 +40,13 @@ def _results(path: Path) -> dict[str, dict[str, Any]]:
         ('{"custom_id": "b", "url": "http://elsewhere/v1", "body": {}}', "url"),
         ('{"custom_id": "b", "url": "/v1 HTTP/1.1", "body": {}}', "url"),
         ('{"custom_id": "b", "url": "/v1/completions", "body": []}', "body"),
+        ('{"custom_id": "b", "url": "/v1/\\u0001", "body": {}}', "url"),
+        ('{"custom_id": "b", "url": "/v1/\\ud83d", "body": {}}', "url"),
+        ('{"custom_id": "b", "url": "/%s", "body": {}}' % ("x" * 70_000), "url"),
+        ('{"custom_id": "\\ud83d", "url": "/v1/completions", "body": {}}', "half of a character"),
+        (_line("b", prompt="\ud83d"), "half of a character"),
+        (_line("b", temperature=float("nan")), "not valid JSON"),
+        (_line("b", temperature=float("inf")), "not valid JSON"),
         (_line("b", stream=True), "stream"),
         (_line("a"), "is that of line 1"),
     ],
@@ -72,7 +79,7 @@ def test_a_result_file_cut_anywhere_is_continued(tmp_path: Path) -> None:
     whole = tmp_path / "whole"
     results = Results(whole)
     for item in read_items(source):
-        results.add(item, 200, "x", {"text": "ü\n"}, None)
+        results.add(item, 200, "x", {"text": "ü\n", "half": "\ud83d"}, None)
     results.close()
     data = whole.read_bytes()
     ends = [i + 1 for i, byte in enumerate(data) if byte == ord("\n")]
@@ -83,7 +90,7 @@ def test_a_result_file_cut_anywhere_is_continued(tmp_path: Path) -> None:
         assert continued.done == {f"r{i}" for i, end in enumerate(ends) if end <= cut}
         for item in read_items(source):
             if item.custom_id not in continued.done:
-                continued.add(item, 200, "x", {"text": "ü\n"}, None)
+                continued.add(item, 200, "x", {"text": "ü\n", "half": "\ud83d"}, None)
         continued.close()
         assert part.read_bytes() == data
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "part", "whole"]
