@@ -25,7 +25,7 @@ class BatchError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One request. number: its line, from 1. path: such as /v1/chat/completions. body: JSON, as it is sent."""
+    """One request. number: its line, from 1. path: such as /v1/chat/completions. body: the JSON to send."""
 
     number: int
     custom_id: str

@@ -18,6 +18,7 @@ from penstock.frontend.api.constraint_request import (
     StructuredOutputs,
 )
 from penstock.frontend.body import check_shape
+from penstock.frontend.text import schemas
 from penstock.protos import engine_pb2
 from penstock.protos.errors import ApiError
 
@@ -94,9 +95,9 @@ def constrained(made: engine_pb2.GenerateRequest, asked: Asked | None) -> engine
 def schema_constraint(schema: Json | str, param: str, *, closed: bool = False) -> engine_pb2.Constraint:
     """The constraint of a JSON schema; `closed` gives its objects no properties but those they name. Raises
     ApiError naming `param` for what is too large, too deep, or a string that is no JSON object."""
-    value = _object(schema, param)
+    value = schemas.said(_object(schema, param))
     if closed:
-        value = _closed(value)
+        value = schemas.closed(value)
     return engine_pb2.Constraint(json_schema=_text(value, param))
 
 
@@ -217,26 +218,3 @@ def _text(value: Json, param: str) -> str:
 
 def _too_long(param: str, limit: int) -> ApiError:
     return ApiError("grammar_too_complex", f"'{param}' has more than {limit} characters.", param)
-
-
-def _closed(schema: Json) -> Json:
-    """The schema with additionalProperties false wherever an object names its properties and does not say.
-    Depth is bounded: what comes here has passed check_shape."""
-
-    def walk(value: Any) -> Any:
-        if isinstance(value, list):
-            return [walk(item) for item in value]
-        if not isinstance(value, dict):
-            return value
-        made = {key: item if key in _LITERALS else walk(item) for key, item in value.items()}
-        is_object = value.get("type") == "object" or isinstance(value.get("properties"), dict)
-        if is_object and "additionalProperties" not in value:
-            made["additionalProperties"] = False
-        return made
-
-    closed: Json = walk(schema)
-    return closed
-
-
-# Keywords whose values are data, not schemas.
-_LITERALS = frozenset({"const", "enum", "default", "examples", "required"})

@@ -65,7 +65,7 @@ WAYS: list[tuple[dict[str, Any], Any]] = [
     ({"structured_outputs": {"grammar": 'start: "yes" | "no"'}}, fits_words),
     ({"structured_outputs": {"structural_tag": json.dumps(TAG)}}, fits_tag),
     ({"structured_outputs": {
-        "json": {"type": "object", "properties": {"a": {"type": "null"}}},
+        "json": {"type": "object", "properties": {"a": {"type": "null", "uniqueItems": False}}},
         "disable_additional_properties": True}}, lambda t: set(json.loads(t)) <= {"a"}),
     ({"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": SCHEMA}}},
      fits_schema),

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from penstock.frontend.text.schemas import said
+
 Schema = Mapping[str, Any]
 
 # JSON as templates write it and models have learnt it; free spacing would only give them room to stray.
@@ -90,7 +92,7 @@ def arguments_schema(parameters: Schema | None, strict: bool) -> Schema:
     """The schema that a call's arguments must fit: of an object with nothing but what is named. Keywords that
     cannot be enforced are an error only for strict functions."""
     # The dialect changes nothing here, and a reader of schemas would look it up by its address.
-    schema = {key: value for key, value in (parameters or {}).items() if key not in ("$schema", "$id")}
+    schema = said({key: value for key, value in (parameters or {}).items() if key not in ("$schema", "$id")})
     schema.setdefault("type", "object")
     if "additionalProperties" not in schema and "patternProperties" not in schema:
         schema["additionalProperties"] = False
