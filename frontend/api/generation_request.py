@@ -48,6 +48,20 @@ Stop = Annotated[
 ]
 
 
+def _switch_or_never(value: Any) -> str | None:
+    return "~switch" if isinstance(value, bool) else "~never" if value == "never" else None
+
+
+EarlyStopping = Annotated[
+    Annotated[bool, Tag("~switch")] | Annotated[Literal["never"], Tag("~never")],
+    Discriminator(
+        _switch_or_never,
+        custom_error_type="invalid_type",
+        custom_error_message="must be true, false or 'never'",
+    ),
+]
+
+
 class StrictModel(BaseModel):
     """No conversions: "5", 5.0 and true are not the integer 5."""
 
@@ -119,7 +133,7 @@ class GenerationRequest(ApiRequest):
     best_of: int | None = Field(None, ge=1, le=MAX_CHOICES, description="at least n, the default")
     use_beam_search: bool | None = None
     length_penalty: float | None = Field(None, ge=-5, le=5, allow_inf_nan=False)
-    early_stopping: bool | Literal["never"] | None = None
+    early_stopping: EarlyStopping | None = None
     return_effective_params: bool | None = Field(None, description="echo the sampling values used")
     # The form of the answer: at most one of them.
     response_format: ResponseFormat | None = None

@@ -257,6 +257,8 @@ BAD = [
     ({"length_penalty": 2}, "length_penalty", "invalid_value"),
     ({"length_penalty": 6, "use_beam_search": True}, "length_penalty", "invalid_value"),
     ({"early_stopping": True}, "early_stopping", "invalid_value"),
+    ({"early_stopping": "always", "use_beam_search": True}, "early_stopping", "invalid_type"),
+    ({"early_stopping": 1, "use_beam_search": True}, "early_stopping", "invalid_type"),
     ({"logprob_token_ids": [1]}, "logprob_token_ids", "invalid_value"),
     ({"use_beam_search": "yes"}, "use_beam_search", "invalid_type"),
     ({"max_tokens": -1}, "max_tokens", "invalid_value"),
