@@ -126,7 +126,7 @@ class ChatRequest(GenerationRequest):
 
     def check(self) -> None:
         super().check()
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise ApiError(
                 "invalid_value", "'top_logprobs' is only allowed with 'logprobs': true.", "top_logprobs"
             )

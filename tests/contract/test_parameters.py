@@ -203,6 +203,8 @@ async def test_their_idle_values_are_accepted(served: Any) -> None:
         "parallel_tool_calls": False,
         "audio": None,
         "reasoning_effort": "low",
+        "logprobs": False,
+        "top_logprobs": 0,
     }
     common = {
         "user": "u",
