@@ -18,6 +18,7 @@ from penstock.frontend.api.constraint_request import (
     StructuredOutputs,
 )
 from penstock.frontend.body import check_shape
+from penstock.frontend.errors import printable, unsupported
 from penstock.frontend.text import schemas
 from penstock.protos import engine_pb2
 from penstock.protos.errors import ApiError
@@ -149,7 +150,9 @@ def _of_given(given: _Given, prefix: str, *, closed: bool = False) -> Iterator[A
 
 def _of_format(form: ResponseFormat) -> Iterator[Asked]:
     name = "response_format"
-    if form.type == "json_object":
+    if form.type == "json_object" and form.schema_ is not None:
+        yield Asked(schema_constraint(form.schema_, f"{name}.schema"), f"{name}.schema")
+    elif form.type == "json_object":
         yield Asked(engine_pb2.Constraint(json_object=True), name)
     elif form.type == "json_schema":
         schema = form.json_schema.schema_ if form.json_schema is not None else None
@@ -174,6 +177,10 @@ def _of_structured(outputs: StructuredOutputs) -> Iterator[Asked]:
         outputs.json_object,
         outputs.structural_tag,
     )
+    unknown = next((key for key, value in (outputs.model_extra or {}).items() if value is not None), None)
+    if unknown is not None and all(part is None for part in given):
+        # Another server's kind, or a slip: an answer without the constraint is not what was asked for.
+        raise unsupported(f"structured_outputs.{printable(unknown, 64)}")
     closed = bool(outputs.disable_additional_properties)
     if closed and outputs.json_ is None:
         name = "structured_outputs.disable_additional_properties"

@@ -44,10 +44,12 @@ class JsonSchemaFormat(_Form):
 
 
 class ResponseFormat(_Form):
-    """`json_schema` belongs to its type; `structures` and `triggers`, or `format`, to structural_tag."""
+    """`json_schema` belongs to its type, `schema` to json_object; `structures`, `triggers` or `format` to
+    structural_tag."""
 
     type: Literal["text", "json_object", "json_schema", "structural_tag"]
     json_schema: JsonSchemaFormat | None = None
+    schema_: dict[str, Any] | None = Field(None, alias="schema", description="of a json_object")
     structures: list[dict[str, Any]] | None = Field(None, max_length=1024)
     triggers: list[str] | None = Field(None, max_length=1024)
     format: dict[str, Any] | None = None

@@ -69,6 +69,7 @@ WAYS: list[tuple[dict[str, Any], Any]] = [
         "disable_additional_properties": True}}, lambda t: set(json.loads(t)) <= {"a"}),
     ({"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": SCHEMA}}},
      fits_schema),
+    ({"response_format": {"type": "json_object", "schema": SCHEMA}}, fits_schema),
     ({"response_format": TAG}, fits_tag),
     ({"structural_tag": TAG}, fits_tag),
 ]  # fmt: skip
@@ -204,6 +205,12 @@ def test_a_text_format_constrains_nothing(client: openai.OpenAI) -> None:
             "response_format.json_schema.schema",
         ),
         ({"response_format": {"type": "structural_tag"}}, "invalid_grammar", "response_format"),
+        (
+            {"response_format": {"type": "json_object", "schema": {"not": {}}}},
+            "invalid_grammar",
+            "response_format.schema",
+        ),
+        ({"structured_outputs": {"jsn": {}}}, "unsupported_parameter", "structured_outputs.jsn"),
         ({"guided_json": 5}, "invalid_type", "guided_json"),
         ({"guided_json": "{"}, "invalid_value", "guided_json"),
         ({"guided_json": "[]"}, "invalid_type", "guided_json"),
