@@ -7,6 +7,7 @@ whatever is no grammar; whether it can be compiled shows later.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +19,8 @@ from penstock.engine_service.core.messages import ConstraintSource, RequestError
 WHITESPACE = r"[ \t]?(\r?\n[ \t]{0,32})?"
 MAX_DEPTH = 64
 _META = frozenset("\\.+*?()|[]{}^$")
+# The first rule, which may be marked (`?start`) and have options in brackets.
+_LARK = re.compile(r"^\s*(%llguidance\b|[?!]{0,2}start\s*(\[[^\]\n]*\])?\s*:(?!:))", re.MULTILINE)
 
 
 class GrammarError(RequestError):
@@ -82,11 +85,11 @@ def _of_choice(choices: Sequence[str]) -> str:
 
 
 def _of_grammar(text: str) -> str:
-    """Lark as it is; other dialects of EBNF are known by their `::=`."""
-    from llguidance.gbnf_to_lark import any_to_lark
+    """Lark as it is; anything without a rule of its `start` is another dialect of EBNF, with `::=`."""
+    from llguidance.gbnf_to_lark import gbnf_to_lark
 
     try:
-        lark = any_to_lark(text)
+        lark = text if _LARK.search(text) else gbnf_to_lark(text)
     except RecursionError:
         raise GrammarError("The grammar is nested too deeply.", "grammar_too_complex") from None
     except Exception as error:

@@ -80,6 +80,21 @@ def test_grammar(grammar: str) -> None:
     assert all(parses(text) for text in done)
 
 
+@pytest.mark.parametrize(
+    "grammar",
+    [
+        '\n    ?start: select\n\n    ?select: "SELECT " name\n    ?name: /[a-z]+/\n',
+        '!start: "SELECT " /[a-z]+/',
+        'start[max_tokens=9]: "SELECT " /[a-z]+/',
+        '%llguidance {}\nstart :"SELECT " /[a-z]+/',
+        'root ::= "SELECT " name\nname ::= [a-z]+',
+    ],
+)
+def test_dialects_of_grammars(grammar: str) -> None:
+    assert takes(source("grammar", grammar), "SELECT a")
+    assert not takes(source("grammar", grammar), "SELECT 1")
+
+
 def test_json_object_and_whitespace() -> None:
     assert all(isinstance(json.loads(text), dict) for text in outputs(source("json_object")))
     compact = outputs(source("json_schema", {"type": "array", "items": {"type": "null"}}, ""))
