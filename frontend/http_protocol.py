@@ -107,6 +107,8 @@ class ClientConnection:
         if task is None or lost:
             work.close()
             raise _left()
+        # A large body stops the reading until its end is taken; then only a reader sees the client leave.
+        self._flow.resume_reading()
 
         def leave() -> None:
             nonlocal lost

@@ -25,6 +25,19 @@ async def test_while_decoding(served: Any, tools: Any, stream: bytes) -> None:
 
 
 @pytest.mark.parametrize("stream", [b"true", b"false"])
+async def test_after_a_large_body(served: Any, tools: Any, stream: bytes) -> None:
+    """uvicorn stops reading behind one, and would not see the end of the connection."""
+    served.engine.running.clear()
+    connection = await served.connect()
+    body = (LONG % stream)[:-1] + b',"user":"%s"}' % (b" " * 300_000)
+    await connection.send(tools.http("POST", "/v1/chat/completions", body, x_request_id="leaver"))
+    await served.engine.wait_until(lambda: served.engine.num_live == 1)
+    connection.close()
+    await served.engine.wait_until(lambda: served.engine.aborted == ["leaver"])
+    await served.idle()
+
+
+@pytest.mark.parametrize("stream", [b"true", b"false"])
 async def test_in_prefill(served: Any, tools: Any, stream: bytes) -> None:
     served.engine.running.clear()
     connection = await served.connect()
