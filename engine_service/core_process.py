@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 
 from penstock.engine_service.core import wire
 from penstock.engine_service.core.messages import FromCore, ToCore
+from penstock.protos.child_process import ChildProcess
 
 COMMAND = (sys.executable, "-P", "-m", "penstock.engine_service.core.process")
 # Large pages for what malloc maps: packed weights are read some 15 % faster at batch size 1.
@@ -51,7 +52,7 @@ class CoreProcess:
 
     def __init__(
         self,
-        process: asyncio.subprocess.Process,
+        process: ChildProcess,
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
     ) -> None:
@@ -64,14 +65,15 @@ class CoreProcess:
         """Raises OSError when the process cannot be started."""
         ours, theirs = socket.socketpair()
         try:
-            process = await asyncio.create_subprocess_exec(
-                *command,
-                f"--fd={theirs.fileno()}",
-                f"--parent={os.getpid()}",
-                f"--log-level={log_level}",
-                f"--log-format={log_format}",
-                *_cores_option(os.environ),
-                stdin=asyncio.subprocess.DEVNULL,
+            process = await ChildProcess.start(
+                [
+                    *command,
+                    f"--fd={theirs.fileno()}",
+                    f"--parent={os.getpid()}",
+                    f"--log-level={log_level}",
+                    f"--log-format={log_format}",
+                    *_cores_option(os.environ),
+                ],
                 env=core_environment(os.environ),
                 pass_fds=[theirs.fileno()],
             )
@@ -104,8 +106,7 @@ class CoreProcess:
             raise CoreGone(type(error).__name__) from error
 
     def kill(self) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            self._process.kill()
+        self._process.kill()
 
     async def end(self, patience_s: float = 0.0) -> int | None:
         """Reaps the process, killing it if it does not end by itself within patience_s. Its exit code

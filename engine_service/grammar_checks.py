@@ -7,7 +7,6 @@ refused; the process is replaced, and whoever waits behind goes on.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import dataclasses
 import json
 import logging
@@ -18,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from penstock.engine_service.core.messages import ConstraintSource, Ready
+from penstock.protos.child_process import PIPE, ChildProcess
 from penstock.protos.errors import ApiError, from_parts
 
 log = logging.getLogger("penstock.engine.grammars")
@@ -44,7 +44,7 @@ class GrammarChecks:
         self._limit_s = limit_s
         self._command = command
         self._turn = asyncio.Lock()
-        self._process: asyncio.subprocess.Process | None = None
+        self._process: ChildProcess | None = None
         self._fresh = True
         self._verdicts: OrderedDict[ConstraintSource, Verdict] = OrderedDict()
         self._bytes = 0
@@ -114,15 +114,17 @@ class GrammarChecks:
 
     async def _start(self, ready: Ready) -> None:
         self._fresh = True
-        self._process = await asyncio.create_subprocess_exec(
-            *self._command,
-            "--parent",
-            str(os.getpid()),
-            str(self._tokenizer),
-            str(ready.vocab_size),
-            *map(str, ready.eos_token_ids),
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
+        self._process = await ChildProcess.start(
+            [
+                *self._command,
+                "--parent",
+                str(os.getpid()),
+                str(self._tokenizer),
+                str(ready.vocab_size),
+                *map(str, ready.eos_token_ids),
+            ],
+            stdin=PIPE,
+            stdout=PIPE,
             limit=_MAX_ANSWER_BYTES,
             start_new_session=True,
         )
@@ -144,12 +146,8 @@ class GrammarChecks:
 
     async def _end(self) -> None:
         process, self._process = self._process, None
-        if process is None:
-            return
-        if process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                process.kill()
-        await process.wait()
+        if process is not None:
+            await process.end()
 
     def _remember(self, source: ConstraintSource, verdict: Verdict) -> None:
         self._verdicts[source] = verdict

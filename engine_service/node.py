@@ -10,6 +10,7 @@ import os
 from penstock.engine_service.config import EngineConfig
 from penstock.engine_service.core_process import core_environment
 from penstock.engine_service.rank_command import follower_command, places_of_node
+from penstock.protos.child_process import ChildProcess
 from penstock.protos.serving import on_shutdown_signal
 
 log = logging.getLogger("penstock.engine.node")
@@ -25,22 +26,18 @@ async def run_ranks(config: EngineConfig) -> int:
     places = places_of_node(
         config.tensor_parallel_size, config.nnodes, config.node_rank, config.master_addr, config.master_port
     )
-    processes: list[asyncio.subprocess.Process] = []
+    processes: list[ChildProcess] = []
     try:
         for place in places:
             command = follower_command(place, config.model, config.log_level, config.log_format)
-            processes.append(
-                await asyncio.create_subprocess_exec(
-                    *command, stdin=asyncio.subprocess.DEVNULL, env=core_environment(os.environ)
-                )
-            )
+            processes.append(await ChildProcess.start(command, env=core_environment(os.environ)))
         log.info("ranks %d to %d, of %d", places[0].rank, places[-1].rank, config.tensor_parallel_size)
         return await _first_end(processes, stop)
     finally:
         await asyncio.gather(*(_end(process) for process in processes))
 
 
-async def _first_end(processes: list[asyncio.subprocess.Process], stop: asyncio.Event) -> int:
+async def _first_end(processes: list[ChildProcess], stop: asyncio.Event) -> int:
     asked = asyncio.create_task(stop.wait())
     ends = [asyncio.create_task(process.wait()) for process in processes]
     done, pending = await asyncio.wait({asked, *ends}, return_when=asyncio.FIRST_COMPLETED)
@@ -54,8 +51,7 @@ async def _first_end(processes: list[asyncio.subprocess.Process], stop: asyncio.
     return worst if worst >= 0 else 1
 
 
-async def _end(process: asyncio.subprocess.Process) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        process.kill()
+async def _end(process: ChildProcess) -> None:
+    process.kill()
     with contextlib.suppress(TimeoutError):
         await asyncio.wait_for(process.wait(), _REAP_TIMEOUT_S)

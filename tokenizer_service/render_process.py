@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import os
 import sys
 from collections.abc import Sequence
 from typing import Any
 
+from penstock.protos.child_process import PIPE, ChildProcess
 from penstock.tokenizer_service import frames
 
 # What a renderer gets of the environment: enough for Python to run, and nothing secret.
@@ -28,7 +28,7 @@ class RenderTimeout(Exception):
 class RenderProcess:
     """A warm child process. Ask it one thing at a time; after RendererGone or RenderTimeout only kill it."""
 
-    def __init__(self, process: asyncio.subprocess.Process) -> None:
+    def __init__(self, process: ChildProcess) -> None:
         self._process = process
 
     @classmethod
@@ -37,14 +37,10 @@ class RenderProcess:
         environment = {
             key: value for key, value in os.environ.items() if key in _KEPT or key.startswith("PYTHON")
         }
-        process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-P",
-            "-m",
-            "penstock.tokenizer_service.renderer",
-            str(limit_s),
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
+        process = await ChildProcess.start(
+            [sys.executable, "-P", "-m", "penstock.tokenizer_service.renderer", str(limit_s)],
+            stdin=PIPE,
+            stdout=PIPE,
             env=environment,
             limit=1 << 20,
             start_new_session=True,
@@ -78,8 +74,4 @@ class RenderProcess:
 
     async def kill(self) -> None:
         """Ends the process and collects it."""
-        with contextlib.suppress(ProcessLookupError):
-            self._process.kill()
-        if self._process.stdin is not None:
-            self._process.stdin.close()
-        await self._process.wait()
+        await self._process.end()

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from penstock.local import lifeline
+from penstock.protos.child_process import PIPE, STDOUT, ChildProcess
 
 MAX_LINE_BYTES = 64 * 1024
 # "12:00:00 E engine: message"
@@ -40,7 +41,7 @@ class Child:
         self.spec = spec
         self.complaint = ""  # the last error line of this run
         self._on_line = on_line
-        self._process: asyncio.subprocess.Process | None = None
+        self._process: ChildProcess | None = None
         self._reader: asyncio.Task[None] | None = None
 
     @property
@@ -54,15 +55,10 @@ class Child:
 
     async def start(self) -> None:
         self.complaint = ""
-        self._process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-P",
-            "-m",
-            "penstock.local",
-            *self.spec.arguments,
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.STDOUT,
+        self._process = await ChildProcess.start(
+            [sys.executable, "-P", "-m", "penstock.local", *self.spec.arguments],
+            stdout=PIPE,
+            stderr=STDOUT,
             env={**self.spec.environment, lifeline.VARIABLE: str(os.getpid())},
             process_group=0,
         )
@@ -82,9 +78,8 @@ class Child:
 
     def terminate(self) -> None:
         """Asks the process, not its group: it stops its own children in its own order."""
-        if self.running and self._process is not None:
-            with contextlib.suppress(ProcessLookupError):
-                self._process.send_signal(signal.SIGTERM)
+        if self._process is not None:
+            self._process.send_signal(signal.SIGTERM)
 
     def kill(self) -> None:
         """Ends the whole group at once."""
@@ -95,7 +90,7 @@ class Child:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.pid, number)
 
-    async def _read(self, process: asyncio.subprocess.Process) -> None:
+    async def _read(self, process: ChildProcess) -> None:
         stream = process.stdout
         if stream is None:
             return
