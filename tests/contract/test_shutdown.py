@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
+import subprocess
 import sys
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 
 from penstock.frontend.config import FrontendConfig
 from penstock.frontend.main import Frontend
+from penstock.protos.child_process import PIPE, ChildProcess
 from penstock.protos.settings import ConfigError, load
 
 RUN = """
@@ -23,12 +25,10 @@ sys.exit(run(FrontendConfig(**json.loads(sys.argv[1]))))
 BODY = b'{"messages":"hi","stream":%s,"max_tokens":%d}'
 
 
-async def spawn(served: Any, **fields: Any) -> tuple[asyncio.subprocess.Process, int]:
+async def spawn(served: Any, **fields: Any) -> tuple[ChildProcess, int]:
     """A frontend process in front of the fakes of `served`, and its port."""
     config = {"port": 0, "engine": [served.engine.address], "tokenizer": [served.tokenizer.address], **fields}
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-c", RUN, json.dumps(config), stderr=asyncio.subprocess.PIPE
-    )
+    process = await ChildProcess.start([sys.executable, "-c", RUN, json.dumps(config)], stderr=PIPE)
     assert process.stderr is not None
     async with asyncio.timeout(30):
         while b"listening on http://127.0.0.1:" not in (line := await process.stderr.readline()):
@@ -108,13 +108,10 @@ async def test_what_outlives_the_drain_is_told(served: Any, tools: Any) -> None:
 
 
 async def test_exit_codes(tmp_path: Any) -> None:
-    async def code(**fields: Any) -> tuple[int | None, bytes]:
-        process = await asyncio.create_subprocess_exec(
-            sys.executable, "-c", RUN, json.dumps(fields), stderr=asyncio.subprocess.PIPE
-        )
-        async with asyncio.timeout(30):
-            _, text = await process.communicate()
-        return process.returncode, text
+    def code(**fields: Any) -> tuple[int, bytes]:
+        command = [sys.executable, "-c", RUN, json.dumps(fields)]
+        done = subprocess.run(command, stderr=subprocess.PIPE, timeout=30, check=False)
+        return done.returncode, done.stderr
 
     targets = {"engine": ["unix:/nowhere"], "tokenizer": ["unix:/nowhere"]}
     taken = await asyncio.start_server(lambda r, w: None, "127.0.0.1", 0)
@@ -125,7 +122,7 @@ async def test_exit_codes(tmp_path: Any) -> None:
         ({**targets, "api_key_file": "/does/not/exist"}, 2),
         ({**targets, "port": port}, 1),
     ]
-    ended = await asyncio.gather(*(code(**fields) for fields, _ in cases))
+    ended = await asyncio.gather(*(asyncio.to_thread(code, **fields) for fields, _ in cases))
     for (_, expected), (status, text) in zip(cases, ended, strict=True):
         assert status == expected, text
         assert len([line for line in text.splitlines() if line.strip()]) == 1, text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
 import sys
 from pathlib import Path
 
@@ -15,12 +16,11 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "grpc_generate.py"
 
 
 async def run_example(tmp_path: Path, *arguments: str) -> tuple[int, str, str]:
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, str(EXAMPLE), "--target", f"unix:{tmp_path}/engine.sock", *arguments,
-        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
-    )  # fmt: skip
-    out, err = await asyncio.wait_for(process.communicate(), PATIENCE_S)
-    return process.returncode or 0, out.decode(), err.decode()
+    command = [sys.executable, str(EXAMPLE), "--target", f"unix:{tmp_path}/engine.sock", *arguments]
+    done = await asyncio.to_thread(
+        subprocess.run, command, capture_output=True, text=True, timeout=PATIENCE_S, check=False
+    )
+    return done.returncode, done.stdout, done.stderr
 
 
 def tokens(out: str) -> list[int]:

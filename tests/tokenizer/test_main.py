@@ -18,6 +18,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from penstock.protos import tokenizer_pb2 as pb
 from penstock.protos import tokenizer_pb2_grpc
+from penstock.protos.child_process import PIPE, ChildProcess
 
 pytestmark = pytest.mark.e2e
 
@@ -94,8 +95,8 @@ async def watch_for_ever(channel: grpc.aio.Channel) -> None:
 
 async def test_it_serves_drains_and_leaves_nothing_behind(chat_folder: Path, tmp_path: Path) -> None:
     target, port = f"unix:{tmp_path}/s", free_port()
-    process = await asyncio.create_subprocess_exec(
-        *command(model=str(chat_folder), listen=[target], metrics_port=port), stderr=asyncio.subprocess.PIPE
+    process = await ChildProcess.start(
+        command(model=str(chat_folder), listen=[target], metrics_port=port), stderr=PIPE
     )
     try:
         async with grpc.aio.insecure_channel(target) as channel:
@@ -124,7 +125,7 @@ async def test_it_serves_drains_and_leaves_nothing_behind(chat_folder: Path, tmp
 
 async def test_renderers_end_with_a_service_that_is_killed(chat_folder: Path, tmp_path: Path) -> None:
     target = f"unix:{tmp_path}/s"
-    process = await asyncio.create_subprocess_exec(*command(model=str(chat_folder), listen=[target]))
+    process = await ChildProcess.start(command(model=str(chat_folder), listen=[target]))
     async with grpc.aio.insecure_channel(target) as channel:
         await asyncio.wait_for(healthy(channel), 60)
     renderers = children(process.pid)
