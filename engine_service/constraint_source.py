@@ -17,7 +17,8 @@ _LIMITS = {
     "json_schema": MAX_SCHEMA_BYTES,
     "structural_tag": MAX_SCHEMA_BYTES,
     "regex": MAX_PATTERN_BYTES,
-    "grammar": MAX_PATTERN_BYTES,
+    # As much as schemas: a frontend makes one grammar of those of all tools.
+    "grammar": MAX_SCHEMA_BYTES,
 }
 
 

@@ -13,7 +13,7 @@ from penstock.tokenizer_service.refusal import Refusal
 MAX_DEPTH = 64
 MAX_KEYS = 10_000
 MAX_MESSAGES = 10_000
-MAX_TOOLS = 256
+MAX_TOOLS = 1024
 MAX_TOOLS_BYTES = 1 << 20
 
 # What the renderer itself hands to a template; a caller's template arguments must not replace them.

@@ -17,12 +17,17 @@ _DATA = frozenset({"const", "enum", "default", "examples", "required"})
 _BY_NAME = frozenset({"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"})
 # Keywords that cannot be enforced, with the value at which there is nothing to enforce.
 _NOTHING_SAID = {"uniqueItems": False, "unevaluatedItems": True, "unevaluatedProperties": True}
+# For readers, and often most of a schema.
+_NOTES = ("title", "description", "$comment")
 
 
 def said(schema: Mapping[str, Any]) -> Schema:
     """The schema without keywords that have no effect: generators write `"uniqueItems": false`."""
 
     def change(made: Schema) -> None:
+        for key in _NOTES:
+            if isinstance(made.get(key), str):
+                del made[key]
         for key, off in _NOTHING_SAID.items():
             if made.get(key) is off:
                 del made[key]

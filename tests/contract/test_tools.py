@@ -212,7 +212,7 @@ async def test_strict_tools_are_constrained_where_they_may_be_called(served: Any
     assert '"city"' in served.engine.requests[-1].constraint.grammar
     form = {
         "type": "json_schema",
-        "json_schema": {"name": "x", "schema": {"type": "object", "title": "Zebra"}},
+        "json_schema": {"name": "x", "schema": {"type": "object", "required": ["Zebra"]}},
     }
     await served.post(CHAT, {**ASK, "response_format": form})
     assert "Zebra" in served.engine.requests[-1].constraint.grammar

@@ -164,6 +164,10 @@ def free(**fields: Any) -> pb.GenerateRequest:
     return made
 
 
+END = "".join(f'"{i}"? ' for i in range(60)) + '"!"'
+ENDED = re.compile(r"a[0-3][0-9]{2}[0-9]*!")
+
+
 async def test_every_kind_over_the_wire(served: Engine, tiny_checkpoint: Callable[..., Path]) -> None:
     from tokenizers import Tokenizer
 
@@ -177,6 +181,11 @@ async def test_every_kind_over_the_wire(served: Engine, tiny_checkpoint: Callabl
         (pb.Constraint(regex="[0-9]{3}"), lambda text: re.fullmatch("[0-9]{3}", text)),
         (pb.Constraint(choice=pb.ChoiceList(values=["yes", "no"])), lambda text: text in ("yes", "no")),
         (pb.Constraint(grammar='root ::= "a" | "bc"'), lambda text: text in ("a", "bc")),
+        # As large as what a frontend makes of the tools of a few servers.
+        (
+            pb.Constraint(grammar="start: " + " | ".join(f'"a{i:03}" {END}' for i in range(400))),
+            ENDED.fullmatch,
+        ),
     ]
     for constraint, fits in checks:
         heard = await served.generate(free(constraint=constraint, n=3))
@@ -190,6 +199,7 @@ REFUSED: list[tuple[pb.Constraint, str, str]] = [
         (pb.Constraint(json_object=False), "missing_required_parameter", "constraint"),
         (pb.Constraint(regex=""), "invalid_value", "constraint.regex"),
         (pb.Constraint(regex="x" * 65_537), "grammar_too_complex", "constraint.regex"),
+        (pb.Constraint(grammar="x" * (1 << 20) + "x"), "grammar_too_complex", "constraint.grammar"),
         (pb.Constraint(json_schema="x" * (1 << 20) + "x"), "grammar_too_complex", "constraint.json_schema"),
         (pb.Constraint(choice=pb.ChoiceList()), "invalid_value", "constraint.choice"),
         (pb.Constraint(choice=pb.ChoiceList(values=["a", ""])), "invalid_value", "constraint.choice"),

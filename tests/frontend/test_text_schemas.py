@@ -20,6 +20,8 @@ NAMES = (
     "type",
     "items",
     "uniqueItems",
+    "title",
+    "description",
 )
 
 
@@ -44,7 +46,7 @@ def test_objects_are_closed_whatever_their_properties_are_called() -> None:
 
 
 def test_keywords_that_say_nothing_are_left_out() -> None:
-    nothing = {"uniqueItems": False, "unevaluatedItems": True, "unevaluatedProperties": True}
+    nothing = {"uniqueItems": False, "unevaluatedItems": True, "unevaluatedProperties": True, "title": "T"}
     something: dict[str, Any] = {"uniqueItems": True, "unevaluatedItems": False, "unevaluatedProperties": {}}
     data = {"enum": [nothing], "default": nothing}
     given = _object({**nothing, **data})

@@ -114,7 +114,7 @@ def test_reserved_template_arguments_are_named(name: str) -> None:
         ("tools", b"{}", "invalid_type", "tools"),
         ("tools", b"[1]", "invalid_type", "tools"),
         ("tools", b"[", "invalid_json", "tools"),
-        ("tools", json.dumps([{}] * 257).encode(), "invalid_value", "tools"),
+        ("tools", json.dumps([{}] * 1025).encode(), "invalid_value", "tools"),
         ("tools", json.dumps([{"x": "y" * (1 << 20)}]).encode(), "invalid_value", "tools"),
         ("documents", b'["x"]', "invalid_type", "documents"),
         ("arguments", b"[]", "invalid_type", "chat_template_kwargs"),
