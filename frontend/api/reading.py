@@ -96,10 +96,12 @@ class ReadingPlan:
             if asked is None or answer is not None:
                 param = use.param if asked is None else asked.param
                 made = Asked(engine_pb2.Constraint(grammar=self._grammar(use, parser, answer)), param)
-        elif answer is not None and self._thinks_first:
+        elif asked is not None and self._thinks_first:
             lark = self._lark(None)
-            text = lark.written(f"{self._thought(lark)} {lark.json(answer)}")
-            made = Asked(engine_pb2.Constraint(grammar=text), "" if asked is None else asked.param)
+            rule = _rule(lark, asked.constraint)
+            if rule is not None:
+                text = lark.written(f"{self._thought(lark)} {rule}")
+                made = Asked(engine_pb2.Constraint(grammar=text), asked.param)
         if made is not None and self._reasoning is not None and self._inside:
             del made.constraint.starts_after[:]
             made.constraint.starts_after.extend(self._ids(self._reasoning.closing))
@@ -203,15 +205,21 @@ def _reasoning_format(chosen: str, suggested: str) -> ReasoningFormat | None:
 
 
 def _json_schema(constraint: engine_pb2.Constraint) -> Mapping[str, object] | None:
-    """The schema, where the constraint is one that can be part of a grammar."""
-    if constraint.HasField("whitespace_pattern"):
-        return None
+    """The schema that the answer must fit, as a part of a grammar; None where it is something else."""
     kind = constraint.WhichOneof("kind")
-    if kind == "json_object":
-        return {"type": "object"}
-    if kind != "json_schema":
+    if kind not in ("json_object", "json_schema"):
         return None
-    # Options a schema brings along could loosen what is enforced.
-    return {
-        name: value for name, value in orjson.loads(constraint.json_schema).items() if name != "x-guidance"
-    }
+    schema = {"type": "object"} if kind == "json_object" else orjson.loads(constraint.json_schema)
+    spaces = constraint.whitespace_pattern if constraint.HasField("whitespace_pattern") else None
+    return grammar.json_schema(schema, spaces)
+
+
+def _rule(lark: grammar.Lark, constraint: engine_pb2.Constraint) -> str | None:
+    """The constraint as a part of a grammar; None for what is a grammar of its own."""
+    schema = _json_schema(constraint)
+    if schema is not None:
+        return lark.json(schema)
+    kind = constraint.WhichOneof("kind")
+    if kind == "choice":
+        return lark.rule(" | ".join(map(lark.text, constraint.choice.values)))
+    return lark.regex(constraint.regex) if kind == "regex" else None

@@ -389,6 +389,19 @@ async def test_reasoning(serve: Any, fakes: Any) -> None:
     assert events[-1]["usage"]["completion_tokens_details"]["reasoning_tokens"] == thought
     (choice,) = (await served.post(CHAT, {**fields, "include_reasoning": False})).json()["choices"]
     assert set(choice["message"]) == {"role", "content", "refusal"}
+    # A form begins behind it. What is a grammar of its own is left alone.
+    opening = served.tokenizer.tokenizer.token_to_id("<think>")
+    for form, rule in (
+        ({"guided_choice": ["yes", "no"]}, '"yes" | "no"'),
+        ({"guided_regex": "a/b"}, "/a\\/b/"),
+        ({"response_format": {"type": "json_object"}, "guided_whitespace_pattern": "_"}, '"_"'),
+    ):
+        await served.post(CHAT, {**fields, **form})
+        text = served.engine.requests[-1].constraint.grammar
+        assert text.startswith(f"start: (<[{opening}]> ")
+        assert rule in text
+    await served.post(CHAT, {**fields, "guided_grammar": 'start: "a"'})
+    assert served.engine.requests[-1].constraint.grammar == 'start: "a"'
 
 
 async def test_a_prompt_that_ends_inside_the_reasoning(served: Any, fakes: Any) -> None:

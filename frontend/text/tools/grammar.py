@@ -18,8 +18,13 @@ Schema = Mapping[str, Any]
 # JSON as templates write it and models have learnt it; free spacing would only give them room to stray.
 _SPACING = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 _FREE = "/(?s:.+)/"
+# Between the parts of other JSON, as the engine has it where nothing else is said.
+WHITESPACE = r"[ \t]?(\r?\n[ \t]{0,32})?"
 # White space that models set between their reasoning and the answer.
 AFTER_THOUGHT = r"/\s{0,8}/"
+# What a regular expression is in Lark: on one line, up to a slash; a digit is one of ten, as in the engine.
+_IN_LARK = {"/": "\\/", "\n": "\\n", "\\\n": "\\n", "\\d": "[0-9]", "\\D": "[^0-9]"}
+_PIECE = re.compile(r"\\.|.", re.DOTALL)
 # An answer that cannot be taken for calls where nothing marks them.
 _NOT_JSON = r"/[^\[{\s](?s:.*)/"
 
@@ -60,6 +65,10 @@ class Lark:
     def json(self, schema: Schema) -> str:
         return self.rule(f"%json {json.dumps(schema, ensure_ascii=False)}")
 
+    def regex(self, pattern: str) -> str:
+        """Exactly what the regular expression matches."""
+        return self.terminal(f"/{_PIECE.sub(lambda piece: _IN_LARK.get(piece[0], piece[0]), pattern)}/")
+
     def until(self, end: str) -> str:
         """Any text, possibly none, and the text that ends it."""
         for mark in self._ids:
@@ -97,6 +106,15 @@ def arguments_schema(parameters: Schema | None, strict: bool) -> Schema:
     if "additionalProperties" not in schema and "patternProperties" not in schema:
         schema["additionalProperties"] = False
     return {**schema, "x-guidance": {**_SPACING, "lenient": not strict}}
+
+
+def json_schema(schema: Schema, whitespace: str | None) -> Schema:
+    """The schema of JSON that stands in a grammar. whitespace: its pattern, None: WHITESPACE, empty: none at
+    all."""
+    pattern = WHITESPACE if whitespace is None else whitespace
+    # Options a schema brings along could loosen what is enforced.
+    options: Schema = {"whitespace_pattern": pattern} if pattern else {"whitespace_flexible": False}
+    return {**schema, "x-guidance": options}
 
 
 def object_call(lark: Lark, name: str, schema: Schema, key: str = "arguments") -> str:
