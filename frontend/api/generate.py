@@ -62,7 +62,7 @@ def report_ignored(names: list[str], exchange: Exchange, context: Context) -> No
     """Unknown fields go into a header of the answer; in strict mode they are refused: raises ApiError."""
     if not names:
         return
-    if context.strict or exchange.header(b"x-penstock-strict") == b"1":
+    if context.strict or exchange.header(b"x-penstock-strict") in (b"1", b"true"):
         raise unsupported(printable(names[0], 64), "is not known to this server")
     exchange.extra_headers.append((b"x-penstock-ignored", ignored_header(names)))
 

@@ -376,6 +376,8 @@ async def test_unknown_fields_are_listed_or_refused(serve: Any) -> None:
         "param": "foo",
         "code": "unsupported_parameter",
     }
+    assert (await served.chat(foo=1, headers={"x-penstock-strict": "true"})).status_code == 400
+    assert (await served.chat(max_tokens=1, foo=1, headers={"x-penstock-strict": "0"})).status_code == 200
     strict = await serve(strict=True)
     assert (await strict.chat(foo=1)).status_code == 400
     assert (await strict.chat(max_tokens=1)).status_code == 200
