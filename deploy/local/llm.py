@@ -146,7 +146,11 @@ class LLM:
         `prompt` or `prompt_token_ids`. Parameters: one for all, or one for each. Raises ValueError before
         anything runs for a prompt or parameter that cannot be served; GenerationFailed when a request fails
         while it runs (the others are finished first)."""
-        encoded = [self._encode(prompt) for prompt in _as_prompts(prompts)]
+        listed = _as_prompts(prompts)
+        encoded: list[_Encoded] = []
+        for index, prompt in enumerate(listed):
+            with _naming(index, len(listed)):
+                encoded.append(self._encode(prompt))
         return self._run(encoded, sampling_params, use_tqdm)
 
     def chat(
@@ -164,14 +168,15 @@ class LLM:
         for a model without a template and for messages that it refuses."""
         talks = [messages] if messages and isinstance(messages[0], Mapping) else messages
         encoded: list[_Encoded] = []
-        for talk in talks:
-            rendered = self._text.render(
-                talk,  # type: ignore[arg-type]
-                add_generation_prompt=add_generation_prompt and not continue_final_message,
-                continue_final_message=continue_final_message,
-                tools=tools,
-                variables=chat_template_kwargs or {},
-            )
+        for index, talk in enumerate(talks):
+            with _naming(index, len(talks)):
+                rendered = self._text.render(
+                    talk,  # type: ignore[arg-type]
+                    add_generation_prompt=add_generation_prompt and not continue_final_message,
+                    continue_final_message=continue_final_message,
+                    tools=tools,
+                    variables=chat_template_kwargs or {},
+                )
             encoded.append(_Encoded(rendered.text, rendered.ids, rendered.stop_ids))
         return self._run(encoded, sampling_params, use_tqdm)
 
@@ -298,18 +303,19 @@ class LLM:
         params = self._params_for(len(encoded), sampling_params)
         distinct = {id(own): own for own in params}
         constraints = {key: self._constraint(own) for key, own in distinct.items()}
-        requests = [
-            offline.core_request(
-                next(self._ids),
-                prompt.ids,
-                own,
-                self._ready,
-                self._text.encode_word,
-                prompt.stop_ids,
-                constraints[id(own)],
-            )
-            for prompt, own in zip(encoded, params, strict=True)
-        ]
+        requests = []
+        for index, (prompt, own) in enumerate(zip(encoded, params, strict=True)):
+            with _naming(index, len(encoded)):
+                made = offline.core_request(
+                    next(self._ids),
+                    prompt.ids,
+                    own,
+                    self._ready,
+                    self._text.encode_word,
+                    prompt.stop_ids,
+                    constraints[id(own)],
+                )
+            requests.append(made)
         collectors = {
             request.id: Collector(request, prompt.text, own, self._text.vocabulary)
             for request, prompt, own in zip(requests, encoded, params, strict=True)
@@ -355,6 +361,15 @@ class LLM:
 def _load(configure: Configure, inbox: Inbox, outbox: Outbox) -> tuple[Ready, BaseLoop, Constraints | None]:
     built = build(configure, lambda done, total: None)
     return built.ready, make_loop(configure, built, inbox, outbox), built.constraints
+
+
+@contextmanager
+def _naming(index: int, count: int) -> Iterator[None]:
+    """Tells in a ValueError which of several prompts it is about."""
+    try:
+        yield
+    except ValueError as error:
+        raise (ValueError(f"{error} (prompt {index})") if count > 1 else error) from None
 
 
 def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:

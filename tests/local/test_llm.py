@@ -299,6 +299,19 @@ def test_what_cannot_be_served_is_refused_before_anything_runs(
     assert llm._loop.load().steps == steps
 
 
+def test_the_prompt_at_fault_is_told(llm: LLM) -> None:
+    talk = [{"role": "user", "content": "hi"}]
+    for send, given in (
+        (llm.generate, ["a", [], "b"]),
+        (llm.generate, ["a", {}, "b"]),
+        (llm.chat, [talk, [{"role": "user", "content": 5}], talk]),
+    ):
+        with pytest.raises(ValueError, match=r"\(prompt 1\)\Z"):
+            send(given, GREEDY, use_tqdm=False)
+        with pytest.raises(ValueError, match=r"[^)]\Z"):
+            send([given[1]], GREEDY, use_tqdm=False)
+
+
 def test_an_interrupt_leaves_nothing_behind(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     steps = iter(range(100))
     run = llm._loop._runner.run
