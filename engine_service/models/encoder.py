@@ -70,7 +70,8 @@ class Encoder:
         if self._positions is not None:
             x = x + self._positions[batch.positions]
         if self._types is not None:
-            x = x + self._types[batch.token_type_ids]
+            # Of one type all tokens are, whatever a tokenizer numbers.
+            x = x + (self._types[batch.token_type_ids] if len(self._types) > 1 else self._types)
         x = self._norm(x)
         turns = {
             kind: (cos[batch.positions], sin[batch.positions]) for kind, (cos, sin) in self._ropes.items()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,14 @@ from fake_pooled import (
     NOT_FINITE,
     Rows,
     logits,
+    pooled_ready,
     token_vectors,
     vector,
 )
 from serving_fixture import PATIENCE_S, Engine, refused, request, running_engine
 
+from penstock.engine_service.batch_validation import Arrival, BatchValidator
+from penstock.engine_service.validation import Validator
 from penstock.protos import engine_pb2 as pb
 from penstock.protos.errors import from_rpc
 
@@ -97,6 +101,17 @@ async def test_options(pooled: Engine) -> None:
     np.testing.assert_allclose(
         np.frombuffer(answer.embeddings[0].vector, "<f4"), vector([1, 2], types=[0, 1]), rtol=1e-6
     )
+
+
+async def test_a_model_without_token_types_takes_those_of_any_tokenizer() -> None:
+    """Such as ModernBERT's and DistilBERT's, which number the texts of a pair 0 and 1."""
+    ready = pooled_ready()
+    assert ready.pooled is not None
+    ready.pooled = dataclasses.replace(ready.pooled, type_vocab_size=1)
+    validator = BatchValidator(Validator(frozenset(), ready, 0))
+    asked = pb.ScoreRequest(pairs=pb.PairScore(inputs=inputs([[1, 2], [3]], [[0, 1], [1]])))
+    made = validator.pooled_score(asked, 1, Arrival(0))
+    assert (list(made.prompt), list(made.token_type_ids)) == ([1, 2, 3], [])
 
 
 async def test_scores(pooled: Engine) -> None:

@@ -138,6 +138,14 @@ def test_token_types_are_added(made: Any, backend: CpuBackend) -> None:
     assert (hidden - hidden_of(theirs, ids)).abs().max() > 1e-2
 
 
+@pytest.mark.parametrize("family", ["Roberta", "DistilBert", "ModernBert"])
+def test_a_model_without_token_types_takes_any(made: Any, backend: CpuBackend, family: str) -> None:
+    folder, theirs = made(family, "Model")
+    ids = [5, 6, 7, 8, 9]
+    hidden = load(folder, backend).hidden(varlen_batch([ids], [[0, 0, 1, 1, 1]]))
+    torch.testing.assert_close(hidden, hidden_of(theirs, ids), atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("family", ["Bert", "MPNet", "ModernBert", "Qwen3"])
 def test_a_batch_changes_no_vector(made: Any, backend: CpuBackend, family: str) -> None:
     folder, _ = made(family, "Model")
