@@ -143,6 +143,19 @@ class PooledCalls:
             for row in answer.encodings
         ]
 
+    async def token_spans(self, texts: Sequence[str]) -> list[list[tuple[int, int]]]:
+        """Where each token of each text begins and ends, in characters; without special tokens."""
+        tokenizer = self._services.tokenizer_for(self._model)
+        request = tokenizer_pb2.EncodeRequest(
+            request_id=self.request_id,
+            model=tokenizer.info.model,
+            texts=texts,
+            add_special_tokens=False,
+            return_offsets=True,
+        )
+        answer = await tokenizer.encode(request, self.remaining())
+        return [list(zip(row.offsets[::2], row.offsets[1::2], strict=True)) for row in answer.encodings]
+
     async def embed(self, request: engine_pb2.EmbedRequest) -> list[engine_pb2.Embedding]:
         """One vector, or with POOLING_TYPE_ALL one matrix, for each input. Raises ApiError."""
         self._complete(request)

@@ -4,15 +4,17 @@ and answers with one of two words. Knows no HTTP."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 
 from penstock.frontend import vectors
 from penstock.frontend.catalog import Model
 from penstock.frontend.embedding import EmbedOptions, embed_items
-from penstock.frontend.pooled import EncodeRules, PooledCalls
+from penstock.frontend.pooled import EncodeRules, PooledCalls, max_input_tokens
 from penstock.frontend.score_template import ScoreTemplate, ScoreTemplates
 from penstock.frontend.services import Services
 from penstock.frontend.tasks import EMBED, GENERATE, SCORE, can, cannot, model_for
+from penstock.frontend.template_fit import TemplateFit
 from penstock.frontend.text.vocabulary import Vocabulary
 from penstock.protos import engine_pb2
 from penstock.protos.common_pb2 import TokenIds
@@ -70,7 +72,9 @@ async def score_pairs(
 ) -> list[float]:
     """One score a pair, in order. template: for a model that generates. Raises ApiError."""
     if template is not None:
-        return await _by_words(calls, pairs, options, template, vocabulary)
+        # One place is left for the answer.
+        limit = max_input_tokens(model) - 1
+        return await _by_words(calls, pairs, options, template, vocabulary, limit)
     if can(model, SCORE):
         return await _by_cross_encoder(calls, pairs, options)
     return await _by_similarity(calls, pairs, options)
@@ -133,11 +137,18 @@ async def _by_words(
     options: ScoreOptions,
     template: ScoreTemplate,
     vocabulary: Vocabulary,
+    limit: int,
 ) -> list[float]:
+    """limit: of a prompt's tokens."""
     labels = [_label_id(vocabulary, word) for word in (template.positive, template.negative)]
+    keep = options.rules.truncate
+    if keep is None:
+        prompts = [template.prompt(*pair, options.instruction) for pair in pairs]
+    else:
+        fit = TemplateFit(template, options.instruction, min(keep, limit), options.rules.keep_last)
+        prompts = await calls.over(pairs, partial(fit.prompts, calls))
     # The template writes what stands around the texts.
-    rules = replace(options.rules, add_special_tokens=False)
-    prompts = [template.prompt(query, document, options.instruction) for query, document in pairs]
+    rules = EncodeRules(add_special_tokens=False)
 
     async def work(part: Sequence[str]) -> list[float]:
         inputs = await calls.encode(part, rules)

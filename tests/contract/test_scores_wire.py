@@ -236,6 +236,33 @@ async def test_a_generating_model_reranks_by_a_template(serve: Any, fakes: Any, 
     assert (await served.chat(max_tokens=1)).status_code == 200
 
 
+async def test_truncation_cuts_the_texts_and_not_the_template(serve: Any, tmp_path: Any) -> None:
+    file = tmp_path / "template.yaml"
+    file.write_text(TEMPLATE)
+    served = await serve(score_template=(f"fake-model={file}",))
+    tokenizer = served.tokenizer.tokenizer
+    documents = ["fox", " ".join(f"dog {number}" for number in range(400))]
+    body = {"text_1": "a cat", "text_2": documents, "truncate_prompt_tokens": 40}
+    for side in ("right", "left"):
+        answer = await served.post("/v1/score", {**body, "truncation_side": side})
+        assert answer.status_code == 200, answer.text
+        short, long = (tokenizer.decode(row.ids, False) for row in served.engine.calls[-1].labels.prompts)
+        assert short == "<|im_start|>judge: a cat / fox?"
+        begin, end = "<|im_start|>judge: a cat / ", "?"
+        assert long.startswith(begin)
+        assert long.endswith(end)
+        kept = long.removeprefix(begin).removesuffix(end)
+        assert len(kept) > 10
+        assert documents[1].startswith(kept) if side == "right" else documents[1].endswith(kept)
+        assert 37 <= len(tokenizer.encode(long).ids) <= 40
+    whole = await served.post(
+        "/v1/rerank", {"query": "a", "documents": ["b " * 9000], "truncate_prompt_tokens": -1}
+    )
+    assert whole.status_code == 200, whole.text
+    tiny = await served.post("/v1/score", {**body, "truncate_prompt_tokens": 3})
+    check_error(tiny, "text_2", "template", "context_length_exceeded")
+
+
 async def test_qwen3_rerankers_need_no_option(serve: Any) -> None:
     name = {"model": "Qwen/Qwen3-Reranker-0.6B"}
     served = await serve(name, tokenizer_options=name)
