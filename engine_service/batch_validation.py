@@ -191,7 +191,7 @@ class BatchValidator:
 
     def _token_types(self, inputs: Sequence[pb.EmbedInput], name: str) -> array[int]:
         types = array("i")
-        # A model without types takes those of any tokenizer: many number the two texts of a pair all the same.
+        # A model without types takes those of any tokenizer: many number the texts of a pair all the same.
         if self._facts.type_vocab_size <= 1 or not any(item.token_type_ids for item in inputs):
             return types
         name = f"{name}.token_type_ids"

@@ -6,6 +6,7 @@ Knows texts, ids and the rule of retries; knows no HTTP and no form of an answer
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias, TypeVar
@@ -26,6 +27,7 @@ T = TypeVar("T")
 # that ids are made for the next call while this one is computed.
 MAX_CALL_INPUTS = 128
 MAX_CALL_CHARS = 65_536
+_NUMBERED = re.compile(r"^(Input|Prompt|Document) (\d+)\b")
 _ID_CHARS = 4  # a token stands for about so many characters
 MAX_CALLS = 4  # of one request at a time
 
@@ -76,7 +78,11 @@ class PooledCalls:
 
         async def one(part: slice) -> list[T]:
             async with gate:
-                return await work(items[part])
+                try:
+                    return await work(items[part])
+                except ApiError as error:
+                    error.message = _renumbered(error.message, part.start)
+                    raise
 
         try:
             async with asyncio.TaskGroup() as group:
@@ -206,6 +212,11 @@ def _matched(rows: list[T], count: int) -> list[T]:
     if len(rows) != count:
         raise ApiError("internal_error", "An internal error occurred.")
     return rows
+
+
+def _renumbered(message: str, start: int) -> str:
+    """The engine counts the inputs of a call, of which input 0 is input `start` of the request."""
+    return _NUMBERED.sub(lambda found: f"{found[1]} {int(found[2]) + start}", message)
 
 
 def _cut(items: Sequence[Item], max_inputs: int) -> list[slice]:

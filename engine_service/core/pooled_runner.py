@@ -103,6 +103,8 @@ class PooledRunner:
 
 
 def _not_finite(item: PooledInput) -> RequestError:
-    return RequestError(
-        "internal_error", f"Input {item.number}: the model produced non-finite values.", "inputs"
-    )
+    number, name = item.number, "Input"
+    if item.call.params.kind == SIMILARITY:  # input 0 is the query
+        number, name = number - 1, "Document"
+    what = f"{name} {number}" if number >= 0 else "The query"
+    return RequestError("internal_error", f"{what}: the model produced non-finite values.", "inputs")

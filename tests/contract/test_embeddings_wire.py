@@ -6,11 +6,15 @@ import asyncio
 import base64
 import math
 import struct
+from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from penstock.frontend import pooled
+from penstock.frontend.pooled import PooledCalls
+from penstock.protos import engine_pb2
 from penstock.protos.errors import ApiError
 
 SIZE = 8
@@ -271,6 +275,26 @@ async def test_no_vector_of_nan(embedder: Any) -> None:
         assert answer.status_code == 500
         assert answer.json()["error"]["code"] == "internal_error"
     assert (await embedder.post("/pooling", {"input": "a"})).status_code == 500
+
+
+async def test_an_input_is_named_by_its_place_in_the_request() -> None:
+    unused: Any = None
+    model: Any = SimpleNamespace(info=engine_pb2.EngineInfo())
+    calls = PooledCalls(unused, model, "id", lambda: None)
+
+    async def work(part: Sequence[Any]) -> list[Any]:
+        if "bad" in part:
+            raise ApiError(
+                "internal_error", f"Input {part.index('bad')}: the model is 3 years old.", "inputs"
+            )
+        return list(part)
+
+    texts = ["good"] * 300
+    assert await calls.over(texts, work) == texts
+    texts[290] = "bad"
+    with pytest.raises(ApiError) as caught:
+        await calls.over(texts, work)
+    assert caught.value.message == "Input 290: the model is 3 years old."
 
 
 async def test_usage_is_counted(embedder: Any) -> None:

@@ -126,6 +126,13 @@ def test_weights_that_give_nan_are_reported_and_never_data(tmp_path: Path, poole
         assert isinstance(failure, Failure)
         assert failure.reason == "internal_error"
         assert failure.message == f"Input {place}: the model produced non-finite values."
+    similar = Engine(folder).run(
+        call(1, [[1], [2], [260]], kind=SIMILARITY), call(2, [[260], [1]], kind=SIMILARITY)
+    )
+    for number, name in ((1, "Document 1"), (2, "The query")):
+        failure = similar[number]
+        assert isinstance(failure, Failure)
+        assert failure.message == f"{name}: the model produced non-finite values."
 
 
 def test_what_is_ready(embedder: Engine, pooled_checkpoint: Folder) -> None:
