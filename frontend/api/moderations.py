@@ -81,6 +81,10 @@ async def moderations(exchange: Exchange, context: Context) -> None:
     try:
         places = context.moderation.known(model.info.labels)
     except ValueError as error:
+        judge = context.moderation.model
+        if judge and judge not in (model.id, *model.aliases):
+            message = f"The server's moderation map is for the model {judge!r}."
+            raise ApiError("invalid_value", message, "model") from None
         log.error("the moderation map does not fit the model %s: %s", model.id, error)
         raise ApiError("internal_error", "The server's moderation map does not fit the model.") from None
     if not places:

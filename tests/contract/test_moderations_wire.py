@@ -91,6 +91,15 @@ async def test_a_table_of_another_classifier(serve: Any, tmp_path: Any) -> None:
     assert (answer.status_code, answer.json()["error"]["code"]) == (500, "internal_error")
 
 
+async def test_a_classifier_beside_that_of_the_table(serve: Any, tmp_path: Any) -> None:
+    file = tmp_path / "map.yaml"
+    file.write_text("model: judge\ncategories: {hate: [other]}")
+    served = await serve(CLASSIFIER, moderation_map=str(file))
+    answer = await served.post("/v1/moderations", {"input": "Hello", "model": "fake-model"})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "model")
+    assert "'judge'" in answer.json()["error"]["message"]
+
+
 async def test_bad_input(served: Any) -> None:
     for body, param in (
         ({}, "input"),
