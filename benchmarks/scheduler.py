@@ -37,6 +37,8 @@ class NullStep:
 class NullRunner:
     """Every token is the same."""
 
+    guide = None
+
     def __init__(self, lookahead: bool) -> None:
         self.lookahead = lookahead
         self._results: dict[int, StepResult] = {}

@@ -13,6 +13,7 @@ class NullRunner:
     """Answers every row that samples with the same token, at once."""
 
     lookahead = True
+    guide = None
 
     def start(self, plan: StepPlan) -> _Done:
         return _Done(plan)

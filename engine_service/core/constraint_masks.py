@@ -6,8 +6,9 @@ import dataclasses
 import logging
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,6 +19,7 @@ from penstock.engine_service.core.constraint_state import CompiledGrammar, Const
 from penstock.engine_service.core.logit_edits import LogitEdits
 from penstock.engine_service.core.messages import RequestError
 from penstock.engine_service.core.request import Sequence
+from penstock.engine_service.core.slots import Int32s
 from penstock.kernels import sampling
 
 if TYPE_CHECKING:
@@ -27,6 +29,9 @@ log = logging.getLogger(__name__)
 # Nothing else runs in the core while masks are made.
 _MOST_THREADS = 16
 _NO_IDS = np.empty(0, np.int64)
+# By row: the ids, not yet the sequence's own, that stand before the one to sample.
+Drafted = Mapping[int, Int32s]
+NOTHING_DRAFTED: Drafted = MappingProxyType({})
 _NO_BIAS = np.empty(0, np.float32)
 
 
@@ -86,8 +91,11 @@ class ConstraintMasks:
         self._room: Words = np.empty((0, 0), np.int32)
         self._executor: LLExecutor | None = None
 
-    def of(self, rows: Iterable[tuple[int, Sequence]]) -> RowMasks:
-        """Masks for those of `rows` that are constrained; what goes wrong for one is its own error."""
+    def of(self, rows: Iterable[tuple[int, Sequence]], drafted: Drafted = NOTHING_DRAFTED) -> RowMasks:
+        """Masks for those of `rows` that are constrained; what goes wrong for one is its own error.
+
+        drafted: by row; each of a sequence's rows has one id more than the row before it.
+        """
         made = RowMasks()
         matchers: list[tuple[LLMatcher, int]] = []
         places: list[int] = []
@@ -96,8 +104,14 @@ class ConstraintMasks:
             if grammar is None:
                 continue
             try:
-                state = self._state(sequence, grammar)
-                matcher = state.matcher(sequence)
+                if row not in drafted:
+                    state, matcher = self.caught_up(sequence, grammar)
+                elif row - 1 in made.errors:
+                    made.errors[row] = made.errors[row - 1]
+                    continue
+                else:
+                    state = made.states[row - 1].fork()
+                    matcher = state.matcher(np.concatenate([output_of(sequence), drafted[row]]))
             except Exception as error:
                 made.errors[row] = _request_error(error, sequence)
                 continue
@@ -122,12 +136,15 @@ class ConstraintMasks:
         """Drops what is kept for a sequence; unknown ones are ignored."""
         self._states.pop(sequence.key, None)
 
-    def _state(self, sequence: Sequence, grammar: CompiledGrammar) -> ConstraintState:
+    def caught_up(
+        self, sequence: Sequence, grammar: CompiledGrammar
+    ) -> tuple[ConstraintState, LLMatcher | None]:
+        """The sequence's state behind its last token, and its matcher. Raises GrammarError."""
         state = self._states.get(sequence.key)
         if state is None:
             state = ConstraintState(sequence, grammar, self._vocab_size)
             self._states[sequence.key] = state
-        return state
+        return state, state.matcher(output_of(sequence))
 
     def _reserve(self, rows: int, grammar: CompiledGrammar) -> None:
         """Room for so many masks, as wide as the wider of tokenizer and model."""
@@ -154,6 +171,11 @@ class ConstraintMasks:
         rest = self._vocab_size % 32
         if rest:
             words[-1] &= np.int32((1 << rest) - 1)
+
+
+def output_of(sequence: Sequence) -> Int32s:
+    """The ids that have been chosen, int32 [n]."""
+    return sequence.token_ids[sequence.num_prompt_tokens :]
 
 
 def _request_error(error: Exception, sequence: Sequence) -> RequestError:

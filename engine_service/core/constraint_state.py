@@ -5,6 +5,8 @@ Everything follows from the compiled grammar and `token_ids`, so it can be dropp
 
 from __future__ import annotations
 
+import copy
+import itertools
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -15,6 +17,7 @@ from numpy.typing import NDArray
 from penstock.engine_service.core.grammar_compiler import as_grammar_error
 from penstock.engine_service.core.grammar_source import GrammarError
 from penstock.engine_service.core.request import Sequence
+from penstock.engine_service.core.slots import Int32s
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
@@ -56,9 +59,8 @@ class ConstraintState:
         else forbids an end."""
         return self._over
 
-    def matcher(self, sequence: Sequence) -> LLMatcher | None:
-        """Caught up with the sequence's output; None before the grammar begins. Raises GrammarError."""
-        output = sequence.token_ids[sequence.num_prompt_tokens :]
+    def matcher(self, output: Int32s) -> LLMatcher | None:
+        """Caught up with the sequence's output [n]; None before the grammar begins. Raises GrammarError."""
         if self._consumed > len(output):
             self._matcher, self._consumed = None, 0
         if self._matcher is None and not self._begin(output.tolist()):
@@ -70,6 +72,31 @@ class ConstraintState:
                 raise _lost(self._matcher)
             self._consumed = len(output)
         return self._matcher
+
+    def fork(self) -> ConstraintState:
+        """Another of the same place, to go ahead on a draft."""
+        twin = copy.copy(self)
+        if self._matcher is not None:
+            twin._matcher = self._matcher.deep_copy()
+        return twin
+
+    def forced(self) -> list[int]:
+        """The ids of the text that must follow now, ends apart; none where there is a choice."""
+        if self._matcher is None:
+            return []
+        return self._before_end(self._matcher.deep_copy().compute_ff_tokens())
+
+    def fitting(self, output: Int32s, draft: list[int]) -> int:
+        """How many ids of a draft may follow `output`, with which it is caught up, before the first that is
+        refused or would end the choice."""
+        draft = self._before_end(draft)
+        ahead, free = self.fork(), 0
+        if ahead._matcher is None:
+            if not ahead._begin([*output.tolist(), *draft]):
+                return len(draft)
+            free = ahead._consumed - len(output)
+        matcher = ahead._matcher
+        return free if matcher is None else free + int(matcher.validate_tokens(draft[free:]))
 
     def limit(self, words: Words) -> None:
         """Turns the grammar's mask, in place, into that of what may be chosen: ends exactly where the grammar
@@ -107,6 +134,9 @@ class ConstraintState:
             raise _lost(self._matcher)
         self._consumed += 1
         return bool(self._matcher.is_stopped())
+
+    def _before_end(self, ids: list[int]) -> list[int]:
+        return list(itertools.takewhile(lambda token: token not in self._ends, ids))
 
     def _begin(self, output: list[int]) -> bool:
         """Whether the grammar has begun; then `consumed` is where."""

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 from torch import Tensor
 
 from penstock.engine_service.core.accelerator import Event
+from penstock.engine_service.core.constraint_masks import NOTHING_DRAFTED, Drafted
 from penstock.engine_service.core.device_inputs import Packed
 from penstock.engine_service.core.device_prompt_logprobs import PromptScores
 from penstock.engine_service.core.messages import Logprobs, RequestError
-from penstock.engine_service.core.plan import StepPlan, StepResult
+from penstock.engine_service.core.plan import DraftGuide, StepPlan, StepResult
 from penstock.engine_service.core.request import Sequence
 from penstock.engine_service.core.runner import not_finite
 from penstock.engine_service.core.sampler import SampledRows, SampleRows
 from penstock.engine_service.core.slots import Int32s
-from penstock.engine_service.core.verify import accept
+from penstock.engine_service.core.verify import accept, drafted_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +29,7 @@ class DeviceRows:
     sequences: list[Sequence]
     slots: Int32s  # [R]
     positions: Int32s  # [R], output tokens before the row's, those in flight and drafted ones included
+    drafted: Drafted = field(default_factory=dict)
 
     @classmethod
     def of(cls, plan: StepPlan, packed: Packed) -> DeviceRows:
@@ -39,7 +41,8 @@ class DeviceRows:
         places = np.repeat(np.arange(len(plan)), packed.sample_counts)
         within = np.arange(packed.num_samples, dtype=np.int32) - packed.sample_starts[places]
         positions = positions[places] - packed.sample_counts[places] + 1 + within
-        return cls([plan.sequences[place] for place in places.tolist()], slots[places], positions)
+        sequences = [plan.sequences[place] for place in places.tolist()]
+        return cls(sequences, slots[places], positions, drafted_rows(plan, places))
 
 
 class Found(Protocol):
@@ -71,7 +74,14 @@ class Launched(Protocol):
 class RowSampler(Protocol):
     """Chooses next tokens without waiting for them; an error concerns its row alone."""
 
-    def launch(self, logits: Tensor, sequences: list[Sequence], slots: Int32s, positions: Int32s) -> Launched:
+    def launch(
+        self,
+        logits: Tensor,
+        sequences: list[Sequence],
+        slots: Int32s,
+        positions: Int32s,
+        drafted: Drafted = NOTHING_DRAFTED,
+    ) -> Launched:
         """Queues the sampling of logits [R, vocab_size] in the model's dtype."""
 
     def collect(self, launched: Any, outputs: Int32s) -> Found:
@@ -80,6 +90,9 @@ class RowSampler(Protocol):
     def warm_up(self, logits: Tensor) -> None: ...
 
     def needs_host_tokens(self, sequence: Sequence) -> bool: ...
+
+    @property
+    def guide(self) -> DraftGuide | None: ...
 
     def forget(self, sequence: Sequence) -> None: ...
 

@@ -16,7 +16,7 @@ from penstock.engine_service.core.device_prompt_logprobs import PromptScores
 from penstock.engine_service.core.device_results import DeviceRows, DeviceStep, RowSampler, Sampling
 from penstock.engine_service.core.device_step import StepLimits, StepWork
 from penstock.engine_service.core.graphs import Bucket, Buckets, GraphPool
-from penstock.engine_service.core.plan import Step, StepPlan
+from penstock.engine_service.core.plan import DraftGuide, Step, StepPlan
 from penstock.engine_service.core.prompt_logprobs import scored_span
 from penstock.engine_service.core.request import Sequence
 from penstock.engine_service.models.registry import Model
@@ -75,6 +75,10 @@ class DeviceRunner:
     def needs_host_tokens(self, sequence: Sequence) -> bool:
         return self._sampler.needs_host_tokens(sequence)
 
+    @property
+    def guide(self) -> DraftGuide | None:
+        return self._sampler.guide
+
     def forget(self, sequence: Sequence) -> None:
         self._sampler.forget(sequence)
 
@@ -125,7 +129,7 @@ class DeviceRunner:
         # The sampler may write where the step before is still copied from.
         self._accelerator.await_copies()
         rows = DeviceRows.of(plan, packed)
-        launched = self._sampler.launch(logits, rows.sequences, rows.slots, rows.positions)
+        launched = self._sampler.launch(logits, rows.sequences, rows.slots, rows.positions, rows.drafted)
         last_tokens = self._work.buffers.last_tokens
         keep_tokens(self._staging.on_device, launched.ids, last_tokens, packed.num_seqs)
         host = self._accelerator.host_buffer(launched.outputs.numel(), launched.outputs.dtype)

@@ -20,7 +20,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from penstock.engine_service.core.constraint_masks import ConstraintMasks, RowMasks
+from penstock.engine_service.core.constraint_guide import ConstraintGuide
+from penstock.engine_service.core.constraint_masks import NOTHING_DRAFTED, ConstraintMasks, Drafted, RowMasks
 from penstock.engine_service.core.device_edits import DeviceEdits, RowEdits
 from penstock.engine_service.core.device_logprobs import DeviceLogprobs
 from penstock.engine_service.core.device_slots import DeviceSlots
@@ -75,6 +76,7 @@ class DeviceSampler:
         self._vocab_size = vocab_size
         self._device = device
         self._masks = ConstraintMasks(vocab_size)
+        self.guide = ConstraintGuide(self._masks, vocab_size)
         self._slots = DeviceSlots(vocab_size, max_num_seqs, device, seed)
 
     def launch(
@@ -83,12 +85,13 @@ class DeviceSampler:
         sequences: Rows[Sequence],
         slots: Integers | None = None,
         positions: Integers | None = None,
+        drafted: Drafted = NOTHING_DRAFTED,
     ) -> DeviceTokens:
         """One token for each of the first R rows of logits [>= R, V], which stay as they are.
 
         sequences [R]: row by row, a sequence as often as it has rows. slots [R]; default: theirs.
         positions [R]: how many output tokens come before the row's, those in flight and drafts included;
-        default: those known.
+        default: those known. drafted: by row, the last of those, where they are drafted.
         A row that cannot be sampled gets an error of its own. Raises ValueError if the shapes do not fit.
         """
         count = len(sequences)
@@ -101,7 +104,7 @@ class DeviceSampler:
         errors: dict[int, RequestError] = {}
         taken = self._take(sequences, slots, errors)
         upload = Upload()
-        masks = self._row_masks(sequences, taken)
+        masks = self._row_masks(sequences, taken, drafted)
         errors.update(masks.errors)
         edits, edited = self._edits(sequences, taken, positions, masks, errors, upload)
         taken[list(errors)] = -1
@@ -142,7 +145,7 @@ class DeviceSampler:
     def needs_host_tokens(self, sequence: Sequence) -> bool:
         """Whether the next token depends on the ids of earlier output tokens, which the host then must know.
 
-        Such a sequence has one row a step: no drafts, nothing in flight.
+        Nothing of such a sequence is in flight, and only what `guide` covers has drafts: one row a step.
         """
         return needs_host_tokens(sequence)
 
@@ -219,9 +222,9 @@ class DeviceSampler:
             states[row] = self._slots.state(slot)
         return (DeviceEdits(rows, len(slots), upload) if rows else None), states
 
-    def _row_masks(self, sequences: Rows[Sequence], slots: NDArray[np.int32]) -> RowMasks:
+    def _row_masks(self, sequences: Rows[Sequence], slots: NDArray[np.int32], drafted: Drafted) -> RowMasks:
         rows = np.flatnonzero(self._slots.constrained[slots] & (slots >= 0)).tolist()
-        return self._masks.of((row, sequences[row]) for row in rows)
+        return self._masks.of(((row, sequences[row]) for row in rows), drafted)
 
     def _edits_of(self, sequence: Sequence, slot: int, position: int) -> LogitEdits | None:
         """This row's changes to the logits. Raises ValueError if they need tokens that are not yet known."""

@@ -6,7 +6,7 @@ import logging
 
 import numpy as np
 
-from penstock.engine_service.core.plan import Drafter
+from penstock.engine_service.core.plan import Drafter, DraftGuide
 from penstock.engine_service.core.request import Sequence
 from penstock.engine_service.core.slots import Bools, Int32s, Int64s, SlotTable
 
@@ -14,7 +14,13 @@ log = logging.getLogger("penstock.engine.drafting")
 
 
 def make_drafts(
-    drafter: Drafter, table: SlotTable, slots: Int64s, starts: Int32s, may_draft: Bools, budget: int
+    drafter: Drafter,
+    guide: DraftGuide | None,
+    table: SlotTable,
+    slots: Int64s,
+    starts: Int32s,
+    may_draft: Bools,
+    budget: int,
 ) -> dict[int, Int32s]:
     """Drafts by row of `slots`, for those that have an output and may_draft; at most `budget` tokens in all.
 
@@ -32,16 +38,28 @@ def make_drafts(
         sequence = table.owners[slots[row]]
         if limit <= 0 or sequence is None:
             continue
-        draft = _propose(drafter, sequence, limit)
+        draft = _propose(drafter, guide, sequence, limit)
         if len(draft):
             drafts[row] = draft
             budget -= len(draft)
     return drafts
 
 
-def _propose(drafter: Drafter, sequence: Sequence, limit: int) -> Int32s:
+def _propose(drafter: Drafter, guide: DraftGuide | None, sequence: Sequence, limit: int) -> Int32s:
+    """What the sequence's constraint forces, then what the drafter says of what follows that."""
     try:
-        return np.array(drafter.propose(sequence.key, sequence.token_ids, limit)[:limit], np.int32)
+        if guide is None or sequence.request.grammar is None:
+            return _from(drafter, sequence, sequence.token_ids, limit)
+        forced = guide.forced(sequence)[:limit]
+        tokens = np.concatenate([sequence.token_ids, forced])
+        more = _from(drafter, sequence, tokens, limit - len(forced))
+        return guide.fit(sequence, np.concatenate([forced, more]))
     except Exception:
         log.exception("no draft for request %d", sequence.request.id)
         return np.empty(0, np.int32)
+
+
+def _from(drafter: Drafter, sequence: Sequence, tokens: Int32s, limit: int) -> Int32s:
+    if limit <= 0:
+        return np.empty(0, np.int32)
+    return np.array(drafter.propose(sequence.key, tokens, limit)[:limit], np.int32)

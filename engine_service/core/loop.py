@@ -50,6 +50,7 @@ class EngineLoop(BaseLoop):
             on_release=self._forget,
             is_exact=runner.needs_host_tokens,
             drafter=drafter,
+            guide=runner.guide,
         )
         self._constraints = constraints
         self._postprocessor = Postprocessor(self.scheduler, self.counters)

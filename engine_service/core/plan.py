@@ -89,10 +89,28 @@ class Runner(Protocol):
         """Whether the sequence's next token depends on the ids of its last ones in a way that only the host
         computes (penalties, bad phrases): then it is never planned while one of them is in flight."""
 
+    @property
+    def guide(self) -> DraftGuide | None:
+        """What constraints say to drafts; None: constrained sequences get none."""
+
     def forget(self, sequence: Sequence) -> None:
         """The sequence is about to lose its slot (still set); it may come back, with all its tokens to
         compute again. A step in flight may have a row for it, whose result does not count any more: nothing
         may be kept for it beyond that step's wait."""
+
+
+class DraftGuide(Protocol):
+    """Makes drafts of constrained sequences, whose last token is known, such that a mask allows each of their
+    ids. An exception means that there is no draft."""
+
+    def covers(self, sequence: Sequence) -> bool:
+        """Whether drafts of the sequence can be verified although it needs its tokens on the host."""
+
+    def forced(self, sequence: Sequence) -> Int32s:
+        """The ids that must follow, possibly none; none for a sequence without a constraint."""
+
+    def fit(self, sequence: Sequence, draft: Int32s) -> Int32s:
+        """The draft up to the first id that the constraint refuses; all of it without one."""
 
 
 class Drafter(Protocol):

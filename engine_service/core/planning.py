@@ -8,7 +8,7 @@ import numpy as np
 
 from penstock.engine_service.core.drafting import make_drafts
 from penstock.engine_service.core.kv_cache import KvCache
-from penstock.engine_service.core.plan import Drafter, StepPlan
+from penstock.engine_service.core.plan import Drafter, DraftGuide, StepPlan
 from penstock.engine_service.core.request import Sequence
 from penstock.engine_service.core.running import RunningSet
 from penstock.engine_service.core.slots import Bools, Int32s, Int64s, SlotTable
@@ -35,10 +35,13 @@ class DecodeRows:
 class Decodes:
     """What every running sequence needs next, found for all of them at once."""
 
-    def __init__(self, table: SlotTable, kv: KvCache, drafter: Drafter | None) -> None:
+    def __init__(
+        self, table: SlotTable, kv: KvCache, drafter: Drafter | None, guide: DraftGuide | None
+    ) -> None:
         self._table = table
         self._kv = kv
         self._drafter = drafter
+        self._guide = guide
 
     def select(self, running: RunningSet, in_flight: bool, budget: int) -> DecodeRows | None:
         """The decodes, their blocks allocated. None, and nothing changes, when there are too few blocks, or
@@ -69,6 +72,10 @@ class Decodes:
             self._add_drafts(self._drafter, rows, budget - len(slots))
         return rows
 
+    def guides(self, sequence: Sequence) -> bool:
+        """Whether the sequence may have drafts although it needs its tokens on the host."""
+        return self._guide is not None and self._guide.covers(sequence)
+
     def extend_one(self, sequence: Sequence) -> bool:
         """Blocks for one sequence's next token, if that is all it needs; False when there is none."""
         start, slot = sequence.num_computed_tokens, np.array([sequence.slot])
@@ -78,7 +85,7 @@ class Decodes:
 
     def _add_drafts(self, drafter: Drafter, rows: DecodeRows, budget: int) -> None:
         may_draft = self._table.draftable[rows.slots] & ~rows.pending
-        drafts = make_drafts(drafter, self._table, rows.slots, rows.starts, may_draft, budget)
+        drafts = make_drafts(drafter, self._guide, self._table, rows.slots, rows.starts, may_draft, budget)
         ends = rows.starts + 1
         for row, draft in drafts.items():
             ends[row] += len(draft)

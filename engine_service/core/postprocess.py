@@ -207,7 +207,7 @@ class Postprocessor:
         if not sequence.first_token_us:
             sequence.first_token_us = now_us
         tokens = result.tokens[row, :count].tolist()
-        self._count_drafts(plan, row, len(tokens))
+        self._count_drafts(plan, row, tokens)
         rows, ranking = result.logprobs.get(row), sequence.request.ranking
         for index, token in enumerate(tokens):
             own = None if rows is None else _row(rows, index)
@@ -218,7 +218,8 @@ class Postprocessor:
                 report.add_token(sequence, token, own)
             else:
                 ranking.add_token(sequence.choice, token, own)
-            if self._end_if_due(sequence, token, report, now_us, row in result.ended):
+            complete = row in result.ended and index == len(tokens) - 1
+            if self._end_if_due(sequence, token, report, now_us, complete):
                 return
         table, slot = self._table, sequence.slot
         wants_rows = sequence.sampling.logprobs is not None or bool(sequence.sampling.logprob_token_ids)
@@ -236,18 +237,20 @@ class Postprocessor:
         table.num_tokens[slot] += 1
         sequence.request.shared_tokens += 1
 
-    def _count_drafts(self, plan: StepPlan, row: int, num_tokens: int) -> None:
+    def _count_drafts(self, plan: StepPlan, row: int, tokens: list[int]) -> None:
         draft = plan.drafts.get(row)
         if draft is None:
             return
         sequence = plan.sequences[row]
+        # All but the last; that too where a constraint is complete with it.
+        accepted = sum(token == guess for token, guess in zip(tokens, draft.tolist(), strict=False))
         sequence.request.drafted_tokens += len(draft)
-        sequence.request.accepted_tokens += num_tokens - 1
+        sequence.request.accepted_tokens += accepted
         self._counters.drafted_tokens += len(draft)
-        self._counters.accepted_draft_tokens += num_tokens - 1
+        self._counters.accepted_draft_tokens += accepted
         if self._scheduler.drafter is not None:
-            total = sequence.num_tokens + num_tokens
-            self._scheduler.drafter.observe(sequence.key, total, len(draft), num_tokens - 1)
+            total = sequence.num_tokens + len(tokens)
+            self._scheduler.drafter.observe(sequence.key, total, len(draft), accepted)
 
     def _finish_unscored(self, request: Request, report: StepReport, now_us: int) -> None:
         """max_new_tokens = 0: the prompt has been computed, and that was all."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from penstock.engine_service.backends.base import Backend
 from penstock.engine_service.core.batch import BatchBuilder, copy_first
 from penstock.engine_service.core.messages import RequestError
-from penstock.engine_service.core.plan import StepPlan, StepResult
+from penstock.engine_service.core.plan import DraftGuide, StepPlan, StepResult
 from penstock.engine_service.core.prompt_logprobs import prompt_logprobs, scored_span
 from penstock.engine_service.core.replay import Replay
 from penstock.engine_service.core.request import Sequence
@@ -30,6 +30,9 @@ class RowSampler(Protocol):
         """logits [R, vocab_size] in the model's dtype, which it may overwrite; best: theirs, if known."""
 
     def needs_host_tokens(self, sequence: Sequence) -> bool: ...
+
+    @property
+    def guide(self) -> DraftGuide | None: ...
 
     def forget(self, sequence: Sequence) -> None: ...
 
@@ -85,6 +88,10 @@ class Runner:
 
     def needs_host_tokens(self, sequence: Sequence) -> bool:
         return self._sampler.needs_host_tokens(sequence)
+
+    @property
+    def guide(self) -> DraftGuide | None:
+        return self._sampler.guide
 
     def forget(self, sequence: Sequence) -> None:
         """Drops what is kept for a sequence that has ended or lost its slot."""

@@ -16,7 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from penstock.engine_service.core.constraint_masks import ConstraintMasks, RowMasks
+from penstock.engine_service.core.constraint_guide import ConstraintGuide
+from penstock.engine_service.core.constraint_masks import ConstraintMasks, Drafted, RowMasks
 from penstock.engine_service.core.logit_edits import LogitEdits, apply_edits
 from penstock.engine_service.core.logprobs import gather_logprobs, take_row
 from penstock.engine_service.core.messages import Logprobs, RequestError
@@ -41,13 +42,13 @@ class Best(NamedTuple):
 @dataclass(slots=True)
 class SampleRows:
     """R rows to sample. With slots and epochs [R] (whose tenancy of which slot a row belongs to) rows that
-    are known to need nothing but their argmax are all done at once. offsets [R]: tokens, not yet the
-    sequence's own, that stand before the one to sample; None: none."""
+    are known to need nothing but their argmax are all done at once. drafted: by row, the ids, not yet the
+    sequence's own, that stand before the one to sample."""
 
     sequences: list[Sequence]
     slots: Int64s | None = None
     epochs: Int64s | None = None
-    offsets: Int64s | None = None
+    drafted: Drafted = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -84,6 +85,7 @@ class Sampler:
         self._seed = seed
         self._states: dict[tuple[int, int], SamplingState] = {}
         self._masks = ConstraintMasks(vocab_size)
+        self.guide = ConstraintGuide(self._masks, vocab_size)
         rows = _ROWS_AT_ONCE_CPU if device.type == "cpu" else _ROWS_AT_ONCE_DEVICE
         width = sampling.padded_width(vocab_size)
         self._plain_epochs: Int64s = np.full(
@@ -108,7 +110,7 @@ class Sampler:
         others = self._not_plain(rows, best.values)
         if not others.size:
             return result
-        masks = self._masks.of((row, rows.sequences[row]) for row in others.tolist())
+        masks = self._masks.of(((row, rows.sequences[row]) for row in others.tolist()), rows.drafted)
         result.errors.update(masks.errors)
         prepared = self._prepare(logits, rows, others.tolist(), *best, masks, result)
         rest = [row for row in prepared if not row.state.greedy or row.edits is not None]
@@ -162,9 +164,7 @@ class Sampler:
                 if not math.isfinite(best[index]):
                     raise _not_finite()
                 state = self._state(sequence)
-                position = sequence.num_output_tokens
-                if rows.offsets is not None:
-                    position += int(rows.offsets[index])
+                position = sequence.num_output_tokens + len(rows.drafted.get(index, ()))
                 row = _Row(
                     index, sequence, position, state, state.edits(sequence, position),
                     int(best_ids[index]), float(best[index]),

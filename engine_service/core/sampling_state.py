@@ -129,8 +129,13 @@ class SamplingState:
 def needs_host_tokens(sequence: Sequence) -> bool:
     """Whether the choice of a token depends on the ids before it: through penalties, bad words of several, or
     a constraint."""
+    return sequence.request.params.constraint is not None or edits_by_output(sequence)
+
+
+def edits_by_output(sequence: Sequence) -> bool:
+    """Whether edits that are not a mask depend on the ids of the output: they are made for one row a step."""
     sampling = sequence.sampling
-    return sequence.request.params.constraint is not None or (
+    return (
         sampling.repetition_penalty != 1.0
         or sampling.presence_penalty != 0.0
         or sampling.frequency_penalty != 0.0

@@ -19,7 +19,7 @@ from penstock.engine_service.core.block_pool import BlockPool
 from penstock.engine_service.core.forks import Forks, beam_headroom, checked_beam, slots_for, too_wide
 from penstock.engine_service.core.kv_cache import KvCache
 from penstock.engine_service.core.messages import AddRequest, Load, RequestError
-from penstock.engine_service.core.plan import Drafter, StepPlan
+from penstock.engine_service.core.plan import Drafter, DraftGuide, StepPlan
 from penstock.engine_service.core.planning import Chunk, DecodeRows, Decodes, make_plan
 from penstock.engine_service.core.request import Request, Sequence
 from penstock.engine_service.core.seats import Seats
@@ -38,7 +38,7 @@ class Scheduler:
     """Owns every live request from add until its last choice is finished, or it is removed.
 
     on_release(sequence) is called when a sequence loses its slot, while the slot number is still set.
-    is_exact(sequence): see Runner.needs_host_tokens. drafter: makes drafts for all the others.
+    is_exact(sequence): see Runner.needs_host_tokens. drafter: for all others, and for what `guide` covers.
     """
 
     def __init__(
@@ -53,6 +53,7 @@ class Scheduler:
         on_release: Callable[[Sequence], None] = lambda sequence: None,
         is_exact: Callable[[Sequence], bool] = lambda sequence: False,
         drafter: Drafter | None = None,
+        guide: DraftGuide | None = None,
     ) -> None:
         self.pool = BlockPool(num_blocks, block_size)
         # One sequence alone must always fit, or preemption could not end.
@@ -66,7 +67,7 @@ class Scheduler:
         self._running = self._seats.running
         self._forks = Forks(self.table, self._kv, self._seats)
         self._is_exact = is_exact
-        self._decodes = Decodes(self.table, self._kv, drafter)
+        self._decodes = Decodes(self.table, self._kv, drafter, guide)
         self.drafter = drafter
         self._requests: dict[int, Request] = {}
         self._waiting = WaitingQueue()
@@ -325,7 +326,7 @@ class Scheduler:
         headroom = self._headroom + beam_headroom(sequence, self.pool) if len(self._running) else 0
         if self._seats.num_free < (slots_for(sequence) if len(self._running) else 1):
             return False
-        exact = request.search is not None or self._is_exact(sequence)
+        exact = self._is_exact(sequence)
         blocks = self._kv.find(sequence, read_prefix=read_prefix, headroom=headroom)
         if blocks is None:
             return False
@@ -334,8 +335,8 @@ class Scheduler:
             self._waiting_tokens -= request.num_prompt_tokens
         slot = self._seats.take(sequence)
         self._kv.admit(sequence, blocks, read_prefix=read_prefix)
-        self.table.exact[slot] = exact or self.drafter is not None
-        self.table.draftable[slot] = not exact
+        self.table.exact[slot] = exact or request.search is not None or self.drafter is not None
+        self.table.draftable[slot] = request.search is None and (not exact or self._decodes.guides(sequence))
         if not sequence.first_scheduled_us:
             sequence.first_scheduled_us = now_us
             sequence.num_cached_tokens = sequence.num_computed_tokens

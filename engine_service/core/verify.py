@@ -13,7 +13,7 @@ import numpy as np
 from penstock.engine_service.core.messages import Logprobs
 from penstock.engine_service.core.plan import StepPlan, StepResult
 from penstock.engine_service.core.sampler import SampledRows, SampleRows
-from penstock.engine_service.core.slots import Int64s
+from penstock.engine_service.core.slots import Int32s, Int64s
 
 
 def sample_rows(plan: StepPlan, query_starts: list[int]) -> tuple[SampleRows, Int64s]:
@@ -32,13 +32,23 @@ def sample_rows(plan: StepPlan, query_starts: list[int]) -> tuple[SampleRows, In
     sampled = SampleRows([plan.sequences[row] for row in rows.tolist()], plan.slots[rows], plan.epochs[rows])
     if plan.drafts:
         # Behind the draft's tokens: row 0 of a draft of 2 is sampled two query rows before the last.
-        offsets = np.arange(len(rows)) - np.searchsorted(rows, rows)
+        firsts = np.searchsorted(rows, rows)
         lengths = np.zeros(len(plan), np.int64)
         for row, draft in plan.drafts.items():
             lengths[row] = len(draft)
-        places += offsets - lengths[rows]
-        sampled.offsets = offsets
+        places += np.arange(len(rows)) - firsts - lengths[rows]
+        sampled.drafted = drafted_rows(plan, rows)
     return sampled, places
+
+
+def drafted_rows(plan: StepPlan, rows: Int64s) -> dict[int, Int32s]:
+    """rows [R]: the plan's row of each sampled one, ascending. By sampled row: the drafted ids it is behind,
+    for those that are behind any."""
+    found: dict[int, Int32s] = {}
+    for row, draft in plan.drafts.items():
+        first = int(np.searchsorted(rows, row))
+        found.update((first + count, draft[:count]) for count in range(1, len(draft) + 1))
+    return found
 
 
 def accept(plan: StepPlan, rows: SampleRows, sampled: SampledRows, result: StepResult) -> None:
@@ -78,15 +88,16 @@ def _accept_row(plan: StepPlan, row: int, first: int, sampled: SampledRows, resu
     count = int(wrong[0]) + 1 if wrong.size else len(tokens)
     for index in range(count):
         error = sampled.errors.get(first + index)
-        if error is None:
-            continue
-        if index == 0:
-            result.errors[row] = error
-        # What came before stands; the error comes again if the sequence gets there.
-        count = index
-        break
-    if count == 1 and first in sampled.ended:  # constrained rows have no drafts
-        result.ended.add(row)
+        if error is not None:
+            if index == 0:
+                result.errors[row] = error
+            # What came before stands; the error comes again if the sequence gets there.
+            count = index
+            break
+        if first + index in sampled.ended:
+            result.ended.add(row)
+            count = index + 1
+            break
     result.tokens[row, :count] = tokens[:count]
     result.num_tokens[row] = count
     found = [sampled.logprobs[first + index] for index in range(count) if first + index in sampled.logprobs]

@@ -67,6 +67,8 @@ class PlainSampler:
     def warm_up(self, logits: Tensor) -> None:
         return
 
+    guide = None
+
     def needs_host_tokens(self, sequence: Sequence) -> bool:
         return False
 

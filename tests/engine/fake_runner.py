@@ -145,6 +145,8 @@ class FakeRunner:
             return FakeStep(lambda: _raise(failure))
         return FakeStep(lambda: result)
 
+    guide = None
+
     def needs_host_tokens(self, sequence: Sequence) -> bool:
         return self.exact(sequence)
 

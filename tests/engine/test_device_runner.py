@@ -433,6 +433,7 @@ def test_a_rehearsal_fills_the_largest_step(llama: Any, max_tokens: int) -> None
 
     class Spy:
         lookahead, needs_host_tokens, forget = True, runner.needs_host_tokens, runner.forget
+        guide = None
 
         @staticmethod
         def start(plan: StepPlan) -> Any:

@@ -148,7 +148,7 @@ def test_masks_join_the_allowed_ids(device: torch.device, monkeypatch: pytest.Mo
     logits[1, 40] = 50.0
     mask = mask_of(np.array([3, 31, 32, 299]), VOCAB)
     sequences = [make_sequence(0), make_sequence(1, allowed_token_ids=[31, 40])]
-    monkeypatch.setattr(ConstraintMasks, "of", lambda masks, rows: RowMasks({0: mask, 1: mask}))
+    monkeypatch.setattr(ConstraintMasks, "of", lambda masks, rows, drafted: RowMasks({0: mask, 1: mask}))
     result = run(new_sampler(device), logits, sequences)
     allowed = [3, 31, 32, 299]
     assert result.tokens.tolist() == [allowed[int(logits[0, allowed].argmax())], 31]

@@ -39,6 +39,8 @@ class RecordingSampler:
             self.rows.setdefault(sequence.key, []).append(row.cpu().clone())
         return self.inner.sample(logits, rows, best)
 
+    guide = None
+
     def needs_host_tokens(self, sequence: Sequence) -> bool:
         return self.inner.needs_host_tokens(sequence)
 
