@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 from penstock.engine_service.core import clock, messages
 from penstock.engine_service.core.inbox import Inbox, Outbox
 from penstock.engine_service.core.messages import AddPooled, AddRequest, RequestError
 from penstock.engine_service.core.report import Counters, StepReport
 
+log = logging.getLogger("penstock.engine.loop")
+
 # Nothing is due in an idle loop: messages wake it, and deadlines are waited for.
 _IDLE_WAIT_S = 60.0
+# When nothing has come for so long, hardly anybody is about to wait.
+_QUIET_S = 2.0
 
 
 class BaseLoop(ABC):
     """One thread; `step` never waits longer than the next deadline, and not at all while there is work."""
 
-    def __init__(self, inbox: Inbox, outbox: Outbox) -> None:
+    def __init__(self, inbox: Inbox, outbox: Outbox, when_quiet: Callable[[], None] | None = None) -> None:
+        """when_quiet: called once, when the loop has had nothing to do for a while."""
         self._inbox = inbox
         self._outbox = outbox
+        self._when_quiet = when_quiet
         self.counters = Counters()
         self._shutdown = False
 
@@ -51,7 +59,19 @@ class BaseLoop(ABC):
     def run(self) -> None:
         """Runs until a Shutdown message or the end of the inbox. Raises EngineFatal when no step succeeds."""
         while not (self._shutdown or self._inbox.closed):
+            if self._when_quiet is not None and not self.has_work:
+                self._wait_for_quiet(self._when_quiet)
             self.step(self._idle_wait_s())
+
+    def _wait_for_quiet(self, work: Callable[[], None]) -> None:
+        """Does the work unless a message comes first, or a deadline."""
+        if self._idle_wait_s() < _QUIET_S or self._inbox.wait(_QUIET_S):
+            return
+        self._when_quiet = None
+        try:
+            work()
+        except Exception:
+            log.exception("what was put off until now failed")
 
     def step(self, wait_s: float = 0.0) -> None:
         """One turn. wait_s: longest wait for a first message when there is no work."""

@@ -25,21 +25,23 @@ _LEAST_BYTES = 8 << 10
 
 
 class Constraints:
-    """The least recently used grammars stay compiled. Its thread starts with the first request."""
+    """The least recently used grammars stay compiled. Its thread starts with the first request or warm-up."""
 
     def __init__(self, compiler: GrammarCompiler) -> None:
         self._compiler = compiler
         self._cache: OrderedDict[str, CompiledGrammar] = OrderedDict()
         self._bytes = 0
-        self._questions: queue.SimpleQueue[tuple[AddRequest, Inbox]] = queue.SimpleQueue()
+        self._questions: queue.SimpleQueue[tuple[AddRequest, Inbox] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
 
     def prepare(self, params: AddRequest, inbox: Inbox) -> None:
         """Compiles the constraint of a request; the inbox gets a Prepared."""
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._work, name="constraints", daemon=True)
-            self._thread.start()
-        self._questions.put((params, inbox))
+        self._ask((params, inbox))
+
+    def warm_up(self) -> None:
+        """Reads the tokenizer now. With a large vocabulary that stops all of the process for up to a second,
+        because the library keeps Python's lock: left to the first request, it stops the others' steps."""
+        self._ask(None)
 
     @property
     def num_bytes(self) -> int:
@@ -49,9 +51,19 @@ class Constraints:
     def __len__(self) -> int:
         return len(self._cache)
 
+    def _ask(self, question: tuple[AddRequest, Inbox] | None) -> None:
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._work, name="constraints", daemon=True)
+            self._thread.start()
+        self._questions.put(question)
+
     def _work(self) -> None:
         while True:
-            params, inbox = self._questions.get()
+            question = self._questions.get()
+            if question is None:
+                self._read_tokenizer()
+                continue
+            params, inbox = question
             try:
                 if params.constraint is None:
                     raise ValueError("a request without a constraint")
@@ -62,6 +74,13 @@ class Constraints:
                 log.exception("the constraint of request %d could not be compiled", params.id)
                 failed = RequestError("internal_error", "The constraint could not be compiled.")
                 inbox.put(Prepared(params.id, error=failed))
+
+    def _read_tokenizer(self) -> None:
+        try:
+            _ = self._compiler.tokenizer
+        except Exception:
+            # Every constrained request will say so.
+            log.exception("the tokenizer of constraints cannot be read")
 
     def compiled(self, source: str) -> CompiledGrammar:
         """The grammar, kept for the requests that come with it. Not while others are prepared. Raises

@@ -38,6 +38,11 @@ class Inbox:
     def closed(self) -> bool:
         return self._closed
 
+    def wait(self, timeout_s: float) -> bool:
+        """Whether there is something to take, or no more to come; waits at most timeout_s for it."""
+        with self._changed:
+            return self._changed.wait_for(lambda: bool(self._messages) or self._closed, timeout_s)
+
     def take(self, timeout_s: float = 0.0) -> list[ToCore | Prepared]:
         """All that has arrived; waits at most timeout_s for the first."""
         if timeout_s <= 0 and not self._messages:

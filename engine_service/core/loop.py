@@ -38,7 +38,7 @@ class EngineLoop(BaseLoop):
         drafter: Drafter | None = None,
         constraints: Constraints | None = None,
     ) -> None:
-        super().__init__(inbox, outbox)
+        super().__init__(inbox, outbox, None if constraints is None else constraints.warm_up)
         self._runner = runner
         self.scheduler = Scheduler(
             num_blocks=num_blocks,

@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -437,6 +437,25 @@ def test_compiled_grammars_are_kept_within_bounds() -> None:
         prepared(constraints, number, grammar_of(source("choice", values)))
         assert constraints.num_bytes <= MAX_BYTES
     assert len(constraints) < 20
+
+
+def test_a_warm_up_reads_the_tokenizer_before_the_first_request() -> None:
+    class Compiler:
+        asked: ClassVar[list[str]] = []
+
+        @property
+        def tokenizer(self) -> Any:
+            self.asked.append("tokenizer")
+            raise OSError("no such file")
+
+        def compile(self, grammar: str) -> Any:
+            self.asked.append(grammar)
+            raise GrammarError("no")
+
+    constraints = Constraints(Compiler())  # type: ignore[arg-type]
+    constraints.warm_up()
+    assert prepared(constraints, 5, "x").error is not None
+    assert Compiler.asked == ["tokenizer", "x"]
 
 
 def test_what_does_not_compile_is_that_requests_error() -> None:

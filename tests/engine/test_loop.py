@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import threading
+from types import SimpleNamespace
 
 import pytest
 from fake_runner import FakeRunner, Row, expected, logprob_of, rows_of
 from in_process import Harness
 
+from penstock.engine_service.core import base_loop
 from penstock.engine_service.core import clock as core_clock
 from penstock.engine_service.core.faults import MAX_FAILURES_IN_A_ROW, EngineFatal
 from penstock.engine_service.core.inbox import Inbox
@@ -18,6 +20,8 @@ from penstock.engine_service.core.messages import (
     STOP,
     AbortRequests,
     AddRequest,
+    Constraint,
+    FromCore,
     Ping,
     Pong,
     RequestError,
@@ -372,6 +376,44 @@ def test_a_closed_inbox_wakes_and_ends_an_idle_loop() -> None:
     harness.inbox.close()
     thread.join(timeout=10)
     assert not thread.is_alive()
+
+
+def test_what_was_put_off_is_done_once_when_nobody_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    finished: list[int] = []
+
+    def warm_up() -> None:
+        finished.append(len(harness.said[1].finished))
+        # What comes after it is served, though it failed.
+        harness.put(AddRequest(id=2, prompt=PROMPT, max_new_tokens=1), Shutdown())
+        raise ValueError("broken")
+
+    harness = Harness(constraints=SimpleNamespace(warm_up=warm_up))  # type: ignore[arg-type]
+    harness.put(AddRequest(id=1, prompt=PROMPT, max_new_tokens=30))
+    monkeypatch.setattr(base_loop, "_QUIET_S", 0.01)
+    harness.loop.run()
+    harness.loop._shutdown = False
+    harness.put(AddRequest(id=3, prompt=PROMPT, max_new_tokens=1))
+    harness.run()
+    assert finished == [1]
+    assert harness.said[2].finished
+
+
+def test_a_deadline_and_a_message_come_before_what_was_put_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    class UntilFailure(Harness):
+        def send(self, message: FromCore) -> None:
+            super().send(message)
+            self.put(Shutdown())
+
+    constraints = SimpleNamespace(warm_up=lambda: pytest.fail("not yet"), prepare=lambda params, inbox: None)
+    harness = UntilFailure(constraints=constraints)  # type: ignore[arg-type]
+    monkeypatch.setattr(base_loop, "_QUIET_S", 30.0)
+    deadline_us = core_clock.monotonic_us() + 50_000
+    request = AddRequest(id=1, prompt=PROMPT, deadline_us=deadline_us, constraint=Constraint("x"))
+    harness.put(request)
+    harness.steps(1)
+    assert not harness.loop.has_work
+    harness.loop.run()
+    assert [failure.reason for failure in harness.said[1].failures] == ["timeout"]
 
 
 def test_inbox_hands_over_batches_in_order() -> None:
