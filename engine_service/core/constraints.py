@@ -52,7 +52,7 @@ class Constraints:
         return len(self._cache)
 
     def _ask(self, question: tuple[AddRequest, Inbox] | None) -> None:
-        if self._thread is None:
+        if self._thread is None or not self._thread.is_alive():
             self._thread = threading.Thread(target=self._work, name="constraints", daemon=True)
             self._thread.start()
         self._questions.put(question)
@@ -78,9 +78,8 @@ class Constraints:
     def _read_tokenizer(self) -> None:
         try:
             _ = self._compiler.tokenizer
-        except Exception:
-            # Every constrained request will say so.
-            log.exception("the tokenizer of constraints cannot be read")
+        except Exception as error:
+            log.warning("no constraints: the library cannot read the tokenizer: %s", error)
 
     def compiled(self, source: str) -> CompiledGrammar:
         """The grammar, kept for the requests that come with it. Not while others are prepared. Raises

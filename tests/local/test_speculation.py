@@ -11,6 +11,12 @@ from penstock.local import LLM, SamplingParams
 TEXT = "one two three four five six seven eight nine ten. " * 6
 PROMPTS = [TEXT, "Repeat: " + TEXT, "What is the capital of France?"]
 LENGTH = 48
+RECORD = {
+    "type": "object",
+    "properties": {"occupation": {"type": "string"}, "country": {"enum": ["France", "Finland"]}},
+    "required": ["occupation", "country"],
+    "additionalProperties": False,
+}
 
 
 def answers(folder: Path, params: SamplingParams, **options: object) -> tuple[list[list[int]], LLM]:
@@ -30,8 +36,10 @@ def demo() -> Path:
         SamplingParams(temperature=0.0, max_tokens=LENGTH, ignore_eos=True),
         SamplingParams(temperature=0.8, seed=7, max_tokens=LENGTH, ignore_eos=True),
         SamplingParams(temperature=0.0, max_tokens=LENGTH, ignore_eos=True, frequency_penalty=0.5),
+        SamplingParams(temperature=0.0, max_tokens=LENGTH, structured_outputs={"json": RECORD}),
+        SamplingParams(temperature=1.0, seed=3, max_tokens=LENGTH, structured_outputs={"json": RECORD}),
     ],
-    ids=["greedy", "seeded", "penalised"],
+    ids=["greedy", "seeded", "penalised", "json", "json-seeded"],
 )
 def test_answers_are_the_same(demo: Path, params: SamplingParams) -> None:
     plain, without = answers(demo, params)
