@@ -60,6 +60,6 @@ def bits(vector: bytes, *, signed: bool) -> list[int]:
 
 
 def cosine(a: tuple[float, ...], b: tuple[float, ...]) -> float:
-    """0 with a vector of zeros."""
+    """From -1 to 1; 0 with a vector of zeros."""
     length = sqrt(sum(map(mul, a, a)) * sum(map(mul, b, b)))
-    return sum(map(mul, a, b)) / length if length else 0.0
+    return max(-1.0, min(1.0, sum(map(mul, a, b)) / length)) if length else 0.0

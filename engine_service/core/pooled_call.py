@@ -89,7 +89,9 @@ class PooledCall:
         rows = [own for own in self._rows if own is not None]
         values, counts = np.concatenate(rows), [len(own) for own in rows]
         if self.params.kind == SIMILARITY:  # the vectors are of length 1
-            values, counts = (values[1:] @ values[0])[:, None], [0, *counts[1:]]
+            # Clipped: rounding takes what is equal a little above 1.
+            values = np.clip(values[1:] @ values[0], -1.0, 1.0)[:, None]
+            counts = [0, *counts[1:]]
         return Pooled(np.ascontiguousarray(values, "<f4").tobytes(), values.shape[1], counts)
 
 

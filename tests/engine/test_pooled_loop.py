@@ -32,6 +32,7 @@ from penstock.engine_service.core.messages import (
     Ping,
     Pong,
 )
+from penstock.engine_service.core.pooled_call import PooledCall
 
 
 def test_inputs_of_any_length_come_back_in_their_order() -> None:
@@ -193,6 +194,13 @@ def test_deadlines(monkeypatch: pytest.MonkeyPatch) -> None:
     harness.run()
     assert harness.failures[1].reason == "timeout"
     assert 3 in harness.finished
+
+
+def test_rounding_makes_no_similarity_above_one() -> None:
+    made = PooledCall(call(1, [[1], [1], [2]], kind=SIMILARITY))
+    for place, sign in enumerate((1, 1, -1)):
+        made.add(place, np.full((1, 3), sign * 0.5773504, np.float32))  # a little longer than 1
+    assert np.frombuffer(made.answer().values, "<f4").tolist() == [1.0, -1.0]
 
 
 def test_numbers_that_are_not_finite_end_their_request_alone() -> None:
