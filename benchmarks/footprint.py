@@ -128,7 +128,7 @@ def print_memory(server: Spawned, folder: Path) -> None:
 
 
 def print_idle(server: Spawned, seconds: float) -> None:
-    time.sleep(2.0)  # what the requests before have set off comes to rest
+    time.sleep(5.0)  # what the requests before and the first quiet moment have set off comes to rest
     before = {pid: usage(pid) for pid in descendants([server.process.pid])}
     began = time.monotonic()
     time.sleep(seconds)

@@ -16,7 +16,7 @@ log = logging.getLogger("penstock.engine.loop")
 # Nothing is due in an idle loop: messages wake it, and deadlines are waited for.
 _IDLE_WAIT_S = 60.0
 # When nothing has come for so long, hardly anybody is about to wait.
-_QUIET_S = 2.0
+_QUIET_S = 1.0
 
 
 class BaseLoop(ABC):
