@@ -30,7 +30,7 @@ from penstock.local.offline_constraint import constraint_of
 from penstock.local.offline_run import GenerationRun, Outbox
 from penstock.local.offline_text import Text
 from penstock.local.outputs import RequestOutput
-from penstock.local.pooled import Floats, Input, PooledBatches, as_pairs, as_texts
+from penstock.local.pooled import Floats, Input, PooledBatches, as_pairs, as_texts, cannot
 from penstock.local.sampling_params import SamplingParams
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
@@ -272,7 +272,7 @@ class LLM:
     def _pooled(self, task: str) -> Iterator[PooledBatches]:
         loop = self._open_loop()
         if not isinstance(loop, PooledLoop):
-            raise ValueError(f"this model serves {', '.join(self._ready.tasks)}; it cannot {task}")
+            raise cannot(self._ready, task)
         with self._turn:
             yield PooledBatches(loop, self._inbox, self._outbox, self._ready, self._text)
 
@@ -299,7 +299,7 @@ class LLM:
     ) -> list[RequestOutput]:
         loop = self._open_loop()
         if not isinstance(loop, EngineLoop):
-            raise ValueError(f"this model serves {', '.join(self._ready.tasks)}; it cannot generate")
+            raise cannot(self._ready, "generate")
         params = self._params_for(len(encoded), sampling_params)
         distinct = {id(own): own for own in params}
         constraints = {key: self._constraint(own) for key, own in distinct.items()}

@@ -38,6 +38,11 @@ class StepOutbox(Protocol):
     def take(self) -> list[StepOutput]: ...
 
 
+def cannot(ready: Ready, task: str) -> ValueError:
+    """The refusal of a task that the model is not for; says what it can do."""
+    return ValueError(f"this model serves {', '.join(ready.tasks)}; it cannot {task}")
+
+
 class PooledBatches:
     """One text is one request, so that an error names it. Longest first, so that a step's are of a length."""
 
@@ -97,7 +102,7 @@ class PooledBatches:
     def check_task(self, task: str) -> None:
         """Raises ValueError, which says what the model can do."""
         if task not in self._ready.tasks:
-            raise ValueError(f"this model serves {', '.join(self._ready.tasks)}; it cannot {task}")
+            raise cannot(self._ready, task)
 
     # ------------------------------------------------------------------------------------------- inside
 
