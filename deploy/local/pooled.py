@@ -90,7 +90,8 @@ class PooledBatches:
             table = self._table(unique, [], options, truncate, use_tqdm, 0)
             place = {text: index for index, text in enumerate(unique)}
             left, right = (table[[place[pair[side]] for pair in pairs]] for side in (0, 1))
-            return (left * right).sum(1)  # type: ignore[no-any-return]
+            # Rounding makes the cosine of a vector and itself a little more than 1.
+            return np.clip((left * right).sum(1), -1.0, 1.0)
         self.check_task("score")
         first, second = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
         return self._table(first, second, {"kind": CLASSIFY}, truncate, use_tqdm, 1)[:, 0]

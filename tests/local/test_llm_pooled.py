@@ -138,6 +138,8 @@ def test_scores_of_an_embedder_are_cosines(embedder: LLM) -> None:
     vectors = embedder.embed(TEXTS, use_tqdm=False)
     scores = embedder.score("hello", TEXTS, use_tqdm=False)
     np.testing.assert_allclose(scores, np.asarray(vectors) @ vectors[0], atol=1e-5)
+    words = [f"a {n}" for n in range(200)]
+    assert np.abs(embedder.score(words, words, use_tqdm=False)).max() <= 1.0
     with pytest.raises(ValueError, match="text_2: 3 texts for the 2"):
         embedder.score(["a", "b"], ["a", "b", "c"], use_tqdm=False)
 
