@@ -53,7 +53,7 @@ clients: .venv/clients/.installed
 # Whole files side by side, in their order (the longest are in the middle): what a file shares is made once. JOBS=0 runs
 # all in one process, as a debugger needs it.
 test: install clients
-	$(BIN)/python -m pytest -m "not gpu" -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # Needs only what a GPU image has (torch, triton, transformers, grpc) and a checkout: no install, no network.
 # The plugin stands in for packages that such an image lacks; a newer torch or triton may warn there.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import random
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -19,6 +21,15 @@ os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "false")
 if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# The suite judges a change, not the luck of a draw: generated cases are the same in every run; others are
+# sought with `--hypothesis-profile search`. An image without hypothesis runs the other tests.
+if importlib.util.find_spec("hypothesis"):
+    from hypothesis import settings
+
+    settings.register_profile("repeat", derandomize=True)
+    settings.register_profile("search", print_blob=True)
+    settings.load_profile("repeat")
+
 
 def load_support(name: str) -> ModuleType:
     """A module of tests/support, without a package and without touching sys.path."""
@@ -29,6 +40,14 @@ def load_support(name: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(autouse=True)
+def _same_random_numbers() -> None:
+    """What a test draws does not depend on which tests its process ran before."""
+    random.seed(0)
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
 
 
 @pytest.fixture(scope="session")
