@@ -10,9 +10,10 @@ from collections.abc import Callable, Sequence
 
 from penstock.engine_service.admission import Admission
 from penstock.engine_service.batch_validation import Arrival, BatchValidator
-from penstock.engine_service.client import EngineClient, Live
+from penstock.engine_service.client import EngineClient
 from penstock.engine_service.core.messages import AddPooled, Finish, Logprobs, Pooled, Ready, Started, Usage
 from penstock.engine_service.events import usage_message
+from penstock.engine_service.live import Live
 from penstock.engine_service.scoring import PartScore, ScoreParts, Scoring, aborted
 from penstock.engine_service.validation import Validator
 from penstock.protos import engine_pb2 as pb

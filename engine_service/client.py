@@ -14,14 +14,10 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
 
 from penstock.engine_service.core.messages import (
     ABORTED,
     AbortRequests,
-    AddPooled,
-    AddRequest,
     CacheFlushed,
     Configure,
     Failure,
@@ -29,7 +25,6 @@ from penstock.engine_service.core.messages import (
     FlushCache,
     FromCore,
     Load,
-    Logprobs,
     Pong,
     Progress,
     Ready,
@@ -40,46 +35,11 @@ from penstock.engine_service.core.messages import (
 )
 from penstock.engine_service.core_keeper import CoreKeeper, State
 from penstock.engine_service.core_process import COMMAND
+from penstock.engine_service.live import Live, Sink
 from penstock.engine_service.totals import Queue, Totals
 from penstock.protos.errors import ApiError, from_parts
 
 log = logging.getLogger("penstock.engine.client")
-
-
-@dataclass(slots=True, eq=False)
-class Live:
-    """A request between its acceptance and its end. `tag` is the sink's own (a slot)."""
-
-    params: AddRequest | AddPooled
-    request_id: str  # the caller's
-    sink: Sink
-    tag: int = 0
-    sent: bool = False  # to the core that lives now
-    started: bool = False
-    lost: bool = False  # was with a core that died
-    num_finished: int = 0
-    usage: Usage = field(default_factory=Usage)
-
-    @property
-    def id(self) -> int:
-        return self.params.id
-
-
-class Sink(Protocol):
-    """Receives what happens to the requests of one stream, synchronously; must not block. After the calls of
-    a step comes one end_step. No call for a request comes after its last finish, or its error."""
-
-    def on_started(self, live: Live, started: Started) -> None: ...
-
-    def on_token(
-        self, live: Live, choice: int, token: int, completion_tokens: int, logprobs: Logprobs | None
-    ) -> None: ...
-
-    def on_finished(self, live: Live, finish: Finish) -> None: ...
-
-    def on_error(self, live: Live, error: ApiError) -> None: ...
-
-    def end_step(self, step: int) -> None: ...
 
 
 class EngineClient:
@@ -186,7 +146,8 @@ class EngineClient:
     async def wait_idle(self, timeout_s: float) -> bool:
         """Whether all requests were over in time."""
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._idle.wait(), timeout_s)
+            async with asyncio.timeout(timeout_s):
+                await self._idle.wait()
         return self._idle.is_set()
 
     def queue(self) -> Queue:
@@ -206,7 +167,8 @@ class EngineClient:
         self._flushes[serial] = answer
         self.keeper.send(FlushCache(serial))
         try:
-            return await asyncio.wait_for(answer, self._answer_seconds)
+            async with asyncio.timeout(self._answer_seconds):
+                return await answer
         except TimeoutError:
             raise ApiError("timeout", "The engine did not answer in time.") from None
         finally:

@@ -182,7 +182,8 @@ class CoreKeeper:
             idle_s = min(IDLE_PING_INTERVAL_S, longest_s)
             self._stirred.clear()
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._stirred.wait(), idle_s)
+                async with asyncio.timeout(idle_s):
+                    await self._stirred.wait()
                 return 0.0
             return idle_s
         turn_s = min(PING_INTERVAL_S, longest_s)

@@ -114,10 +114,12 @@ class CoreProcess:
         try:
             if patience_s:
                 with contextlib.suppress(TimeoutError):
-                    return await asyncio.wait_for(self._process.wait(), patience_s)
+                    async with asyncio.timeout(patience_s):
+                        return await self._process.wait()
             self.kill()
             with contextlib.suppress(TimeoutError):
-                return await asyncio.wait_for(self._process.wait(), _REAP_TIMEOUT_S)
+                async with asyncio.timeout(_REAP_TIMEOUT_S):
+                    return await self._process.wait()
             return None
         finally:
             self._writer.close()

@@ -62,5 +62,6 @@ class Drain:
     async def wait_over(self, timeout_s: float) -> bool:
         """Whether the streams have been ended, at the latest after timeout_s."""
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._over.wait(), timeout_s)
+            async with asyncio.timeout(timeout_s):
+                await self._over.wait()
         return self._over.is_set()

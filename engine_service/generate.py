@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from penstock.engine_service.client import Live
 from penstock.engine_service.core.messages import Finish, Logprobs, Started
 from penstock.engine_service.events import finished_event, started_event, usage_message
+from penstock.engine_service.live import Live
 from penstock.engine_service.outgoing import Outgoing
 from penstock.protos import common_pb2
 from penstock.protos import engine_pb2 as pb

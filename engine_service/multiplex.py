@@ -9,9 +9,9 @@ import asyncio
 import math
 from collections.abc import Awaitable, Callable, Iterable
 
-from penstock.engine_service.client import Live
 from penstock.engine_service.core.messages import Finish, Logprobs, Started
 from penstock.engine_service.events import finished_event, started_event, usage_message
+from penstock.engine_service.live import Live
 from penstock.engine_service.outgoing import Outgoing
 from penstock.protos import engine_pb2 as pb
 from penstock.protos.errors import ApiError

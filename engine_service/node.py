@@ -54,4 +54,5 @@ async def _first_end(processes: list[ChildProcess], stop: asyncio.Event) -> int:
 async def _end(process: ChildProcess) -> None:
     process.kill()
     with contextlib.suppress(TimeoutError):
-        await asyncio.wait_for(process.wait(), _REAP_TIMEOUT_S)
+        async with asyncio.timeout(_REAP_TIMEOUT_S):
+            await process.wait()

@@ -12,7 +12,7 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from penstock.engine_service.client import EngineClient, Live
+from penstock.engine_service.client import EngineClient
 from penstock.engine_service.core.messages import (
     ABORTED,
     AddRequest,
@@ -22,6 +22,7 @@ from penstock.engine_service.core.messages import (
     Started,
     Usage,
 )
+from penstock.engine_service.live import Live
 from penstock.engine_service.validation import after
 from penstock.protos.errors import ApiError
 

@@ -14,13 +14,14 @@ import grpc
 
 from penstock.engine_service.admission import Admission
 from penstock.engine_service.batches import Batches
-from penstock.engine_service.client import EngineClient, Live, Sink
+from penstock.engine_service.client import EngineClient
 from penstock.engine_service.core.messages import AddRequest, Constraint, ConstraintSource, EndChoice, Ready
 from penstock.engine_service.core_keeper import State
 from penstock.engine_service.drain import Drain
 from penstock.engine_service.generate import GenerateSink
 from penstock.engine_service.grammar_checks import GrammarChecks
 from penstock.engine_service.identity import Identity
+from penstock.engine_service.live import Live, Sink
 from penstock.engine_service.multiplex import MultiplexSink, slot_error
 from penstock.engine_service.validation import Validator
 from penstock.protos import engine_pb2 as pb

@@ -149,7 +149,8 @@ class Connection:
         await asyncio.sleep(_PROBE_INTERVAL_S)
         if self._responsive and not self.busy:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._touched.wait(), _IDLE_PROBE_INTERVAL_S)
+                async with asyncio.timeout(_IDLE_PROBE_INTERVAL_S):
+                    await self._touched.wait()
 
     def _set(self, state: State) -> None:
         if state is State.UNREACHABLE:

@@ -29,7 +29,8 @@ async def resolve(target: str) -> list[str]:
     loop = asyncio.get_running_loop()
     lookup = loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     try:
-        found = await asyncio.wait_for(lookup, _LOOKUP_TIMEOUT_S)
+        async with asyncio.timeout(_LOOKUP_TIMEOUT_S):
+            found = await lookup
     except TimeoutError:
         raise OSError("the name lookup took too long") from None
     hosts = {str(entry[4][0]) for entry in found}

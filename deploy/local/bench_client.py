@@ -157,12 +157,10 @@ class Client:
 
     async def _connect(self) -> _Connection:
         endpoint, loop = self.endpoint, asyncio.get_running_loop()
-        _, connection = await asyncio.wait_for(
-            loop.create_connection(
+        async with asyncio.timeout(CONNECT_TIMEOUT_S):
+            _, connection = await loop.create_connection(
                 lambda: _Connection(loop, endpoint.kind), endpoint.host, endpoint.port, ssl=endpoint.tls
-            ),
-            CONNECT_TIMEOUT_S,
-        )
+            )
         return connection
 
 

@@ -184,7 +184,8 @@ class Load:
             begin, cpu = time.monotonic(), self._cpu()
             await asyncio.sleep(job.seconds)
         else:
-            await asyncio.wait_for(self._all_started.wait(), 120)
+            async with asyncio.timeout(120):
+                await self._all_started.wait()
             await asyncio.sleep(0.2)
             count.tokens = count.chunks = 0
             count.latencies_us.clear()
@@ -196,7 +197,8 @@ class Load:
         count.rss_after = sum(map(rss_bytes, job.pids))
         self.running = False
         if self.one_shot:  # the answers under way are waited for: the next job starts on a quiet server
-            await asyncio.wait_for(self._all_closed.wait(), 30)
+            async with asyncio.timeout(30):
+                await self._all_closed.wait()
         for client in clients:
             if client.transport is not None:
                 client.transport.abort()

@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
-from penstock.engine_service.client import EngineClient, Live
+from penstock.engine_service.client import EngineClient
 from penstock.engine_service.core.messages import AddRequest, Configure, Load, StepOutput
 from penstock.engine_service.core_keeper import State
+from penstock.engine_service.live import Live
 from penstock.protos.errors import ApiError
 
 

@@ -11,6 +11,7 @@ import grpc
 import pytest
 
 from penstock.frontend.catalog import pair
+from penstock.frontend.connection import Connection
 from penstock.frontend.generation import submit
 from penstock.frontend.services import Services
 from penstock.frontend.targets import AddressBook, resolve, split_target
@@ -424,6 +425,18 @@ class TestEngines:
         await services.wait_until(lambda: reason(services) == "engine_unavailable", LIMIT_S)
         services.engines[0]._health.Check = check
         await services.wait_until(lambda: reason(services) is None, LIMIT_S)
+
+    async def test_one_that_is_used_the_moment_it_is_closed_is_closed(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("penstock.frontend.connection._PROBE_INTERVAL_S", 0)
+        connection = Connection("unix:/nobody/listens.sock", "penstock.v1.Engine", lambda: None)
+        connection.open()
+        while not connection._touched._waiters:  # type: ignore[attr-defined]
+            await asyncio.sleep(0)
+        connection.touch()
+        async with asyncio.timeout(LIMIT_S):
+            await connection.close()
 
     async def test_requests_queued_for_a_lost_stream_are_not_sent_on_the_next(
         self, start_engine: Any, start_tokenizer: Any, start_services: Any
