@@ -17,6 +17,7 @@ from penstock.engine_service.core.device_sampler import DeviceSampler
 from penstock.engine_service.core.device_step import StepLimits
 from penstock.engine_service.core.memory import make_kv_caches
 from penstock.engine_service.core.messages import Configure
+from penstock.engine_service.core.speculation import most_drafted
 from penstock.engine_service.models.config import ModelSpec
 from penstock.engine_service.models.registry import Model
 
@@ -104,6 +105,7 @@ def device_parts(
         block_size=configure.block_size,
         vocab_size=spec.vocab_size,
         hidden_size=spec.hidden_size,
+        max_num_drafted=most_drafted(configure, backend.device.type),
     )
     return DeviceParts(
         model=model,

@@ -11,6 +11,7 @@ from torch import Tensor
 from penstock.engine_service.core.batch import StepTensors
 from penstock.engine_service.core.graphs import Bucket
 from penstock.engine_service.core.slots import Int64s
+from penstock.engine_service.core.upload import Upload
 from penstock.engine_service.models.registry import Model
 from penstock.kernels.block_copy import copy_blocks
 from penstock.kernels.embedding import gather_rows
@@ -29,6 +30,7 @@ class StepLimits:
     block_size: int
     vocab_size: int
     hidden_size: int
+    max_num_drafted: int = 0  # draft tokens of a step, all sequences together
 
     @property
     def max_num_seqs(self) -> int:
@@ -74,9 +76,13 @@ class StepWork:
 
     def copy_blocks(self, copies: Int64s) -> None:
         """copies [C, 2]: for every layer, block [i, 0] to block [i, 1]."""
-        pairs = torch.from_numpy(copies).to(self._packed.device)
+        # By way of pinned memory: from any other the host waits until the device has done all before.
+        upload = Upload()
+        number = upload.add(copies)
+        upload.send(self._packed.device)
+        sources, targets = upload.tensor(number).to(torch.int64).unbind(1)
         for kv_cache in self._kv_caches:
-            copy_blocks(kv_cache, pairs[:, 0], pairs[:, 1])
+            copy_blocks(kv_cache, sources, targets)
 
     def run(self, bucket: Bucket) -> None:
         limits, buffers = self._limits, self.buffers

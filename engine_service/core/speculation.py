@@ -21,3 +21,11 @@ def make_drafter(configure: Configure, device: str) -> Drafter | None:
             f"speculation '{configure.speculative[:20]}' is not supported; supported: none, ngram"
         )
     return NgramDrafter(configure.speculative_tokens, _FREE_ROWS.get(device, _FREE_ROWS_DEVICE))
+
+
+def most_drafted(configure: Configure, device: str) -> int:
+    """Draft tokens of one step at most, all sequences together. Raises ValueError as make_drafter does."""
+    drafter = make_drafter(configure, device)
+    if drafter is None:
+        return 0
+    return max(count * drafter.budget(count) for count in range(1, configure.max_num_seqs + 1))

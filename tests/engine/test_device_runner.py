@@ -13,6 +13,7 @@ import pytest
 import torch
 from device_driver import (
     BLOCK_SIZE,
+    MAX_LEN,
     MAX_TOKENS,
     NUM_BLOCKS,
     NUM_SLOTS,
@@ -32,7 +33,7 @@ from penstock.engine_service.core.device_inputs import InputPacker
 from penstock.engine_service.core.device_memory import StepMemory
 from penstock.engine_service.core.device_rehearsal import rehearse
 from penstock.engine_service.core.device_results import DeviceRows
-from penstock.engine_service.core.device_sampler import DeviceSampler
+from penstock.engine_service.core.device_sampler import DeviceSampler, DeviceTokens
 from penstock.engine_service.core.memory import make_kv_caches
 from penstock.engine_service.core.messages import AddRequest
 from penstock.engine_service.core.plan import StepPlan
@@ -425,10 +426,28 @@ def test_a_rehearsal_touches_no_block_and_leaves_nothing_behind(llama: Any) -> N
     assert Driver(runner, lookahead=True).run([Job(PROMPTS[4], 6)])[0].tokens == expected
 
 
+class Seen(DeviceSampler):
+    """Notes of each step how many rows it sampled, edited and ranked, and that none of them failed."""
+
+    rows: list[tuple[int, int, int]]
+
+    def launch(self, *arguments: Any, **options: Any) -> DeviceTokens:
+        launched = super().launch(*arguments, **options)
+        ranked = 0 if launched.logprobs is None else len(launched.logprobs._asked)
+        self.rows.append((launched.num_rows, len(launched.edited), ranked))
+        assert not launched.errors
+        return launched
+
+
 @pytest.mark.parametrize("max_tokens", [1, 2, 10, 200])
 def test_a_rehearsal_fills_the_largest_step(llama: Any, max_tokens: int) -> None:
-    runner = device_runner(llama, max_tokens=max_tokens, record=False)
+    """With each of its sequences asking for all that takes memory, and as many drafts as may come."""
+    vocab_size = llama[0].vocab_size
+    sampler = Seen(vocab_size, NUM_SLOTS, torch.device("cpu"), 3)
+    sampler.rows = []
+    runner = device_runner(llama, sampler=sampler, max_tokens=max_tokens, record=False)
     seen: list[tuple[int, int]] = []
+    scored: list[int] = []
     start = runner.start
 
     class Spy:
@@ -438,11 +457,21 @@ def test_a_rehearsal_fills_the_largest_step(llama: Any, max_tokens: int) -> None
         @staticmethod
         def start(plan: StepPlan) -> Any:
             seen.append((len(plan), plan.num_tokens))
+            scored.extend(
+                sequence.num_prompt_tokens
+                for sequence in plan.sequences
+                if sequence.sampling.prompt_logprobs is not None
+            )
             return start(plan)
 
-    rehearse(Spy(), runner._limits)
-    assert (min(NUM_SLOTS, max_tokens), max_tokens) in seen
-    assert (min(NUM_SLOTS, max_tokens), min(NUM_SLOTS, max_tokens)) in seen
+    rehearse(Spy(), replace(runner._limits, max_num_drafted=25))
+    most = min(NUM_SLOTS, max_tokens)
+    assert (most, max_tokens) in seen
+    assert (most, most) in seen
+    rows = most + min(25, max_tokens - most)
+    assert (rows, rows, rows) in sampler.rows
+    assert max(sampler.rows)[0] == rows
+    assert max_tokens <= 2 or min(max_tokens, MAX_LEN - 1) in scored
 
 
 class Measured(CpuAccelerator):
