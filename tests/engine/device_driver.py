@@ -31,6 +31,25 @@ from penstock.engine_service.models.weights import Checkpoint
 NUM_SLOTS, NUM_BLOCKS, BLOCK_SIZE, MAX_TOKENS, MAX_LEN = 10, 120, 4, 72, 128
 GARBAGE = 1 << 28  # far outside every vocabulary, table and buffer
 
+# A row of each kind of sampling, all that launches something of its own.
+AHEAD: list[dict[str, Any]] = [
+    {},
+    {"prompt_logprobs": 2},
+    {"temperature": 1.2, "seed": 7},
+    {"temperature": 1.5, "top_k": 30, "top_p": 0.9, "min_p": 0.01, "seed": 8},
+    {"logprobs": 3},
+    {"temperature": 1.0, "seed": 4, "logprob_token_ids": [5, 250]},
+    {"logit_bias": {3: 4.0, 4: 3.9}},
+    {"temperature": 1.0, "seed": 6, "allowed_token_ids": [1, 2, 3, 200], "logprobs": 0},
+    {"bad_words": [[7], [9]]},
+]
+# What needs the last tokens on the host is planned without lookahead only.
+IN_TURN: list[dict[str, Any]] = [
+    {"presence_penalty": 1.0, "frequency_penalty": 0.5},
+    {"temperature": 1.0, "seed": 5, "repetition_penalty": 1.5, "top_p": 0.9},
+    {"bad_words": [[1, 2], [143, 237]]},
+]
+
 
 @dataclass
 class PlainTokens:

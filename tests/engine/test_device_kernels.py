@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from device_driver import MAX_TOKENS, Driver, Job, device_runner, load
+from device_driver import AHEAD, IN_TURN, MAX_TOKENS, Driver, Job, device_runner, load
 from in_process import Harness
 from transformers import AutoModelForCausalLM
 
@@ -129,25 +129,6 @@ def test_bfloat16_is_the_same_recorded_and_ahead(
                 assert runner.graphs.record(bucket)
         said.append(tokens(Driver(runner, lookahead=record).run([Job(PROMPTS[4], 40)])))
     assert said[0] == said[1]
-
-
-AHEAD: list[dict[str, Any]] = [
-    {},
-    {"prompt_logprobs": 2},
-    {"temperature": 1.2, "seed": 7},
-    {"temperature": 1.5, "top_k": 30, "top_p": 0.9, "min_p": 0.01, "seed": 8},
-    {"logprobs": 3},
-    {"temperature": 1.0, "seed": 4, "logprob_token_ids": [5, 250]},
-    {"logit_bias": {3: 4.0, 4: 3.9}},
-    {"temperature": 1.0, "seed": 6, "allowed_token_ids": [1, 2, 3, 200], "logprobs": 0},
-    {"bad_words": [[7], [9]]},
-]
-# What needs the last tokens on the host is planned without lookahead only.
-IN_TURN: list[dict[str, Any]] = [
-    {"presence_penalty": 1.0, "frequency_penalty": 0.5},
-    {"temperature": 1.0, "seed": 5, "repetition_penalty": 1.5, "top_p": 0.9},
-    {"bad_words": [[1, 2], [143, 237]]},
-]
 
 
 @pytest.mark.gpu
