@@ -20,14 +20,9 @@ pytest.importorskip("triton")
 from penstock.kernels import dispatch
 from penstock.kernels.ahead_of_time import SHARED_LIMITS, Compiled, compile_all
 
-# Op, configuration, architecture -> bytes a thread may keep on its stack. Prefill tiles are as large as they
-# can be, and a few registers that do not fit cost less than a smaller tile; fp32 serves tests, not models.
-SPILLS = [
-    ("paged_attention", r"chunk bf16 d(64|80|128)\b.*", "sm_80", 128),
-    ("paged_attention", r"chunk bf16 d256\b.*", "sm_80|sm_90", 384),
-    ("paged_attention", r"split bf16 .*", "sm_80|sm_90", 32),
-    ("paged_attention", r"(chunk|split) fp32 .*", "sm_80|sm_90", 640),
-]
+# Op, configuration, architecture -> bytes a thread may keep on its stack. Triton 3.7.1 spills nothing, 3.6.0 one
+# register pair of a decode.
+SPILLS = [("paged_attention", r"split bf16 .* q1", "sm_80|sm_90", 16)]
 
 
 def python(arguments: list[str], folder: Path, **environ: str) -> subprocess.CompletedProcess[str]:
