@@ -184,7 +184,7 @@ def _run(options: Options, folder: Path) -> list[Row]:
 def _servers(
     options: Options, folder: Path, load_cpus: set[int] | None, server_cpus: set[int] | None
 ) -> Iterator[tuple[_Server, _Server]]:
-    from penstock.local.serve import free_port
+    from penstock.local.ports import free_port
 
     targets = {name: f"unix:{folder}/{name}.sock" for name in ("engine", "tokenizer")}
     port, bare_port = free_port("127.0.0.1", 0), free_port("127.0.0.1", 0)

@@ -13,7 +13,6 @@ import re
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 import time
@@ -24,6 +23,7 @@ from urllib.parse import urlsplit
 
 from penstock.local import bench_machine
 from penstock.local.bench_client import BenchError, Client, Endpoint
+from penstock.local.ports import free_port
 
 # {model}: a folder with config, weights and tokenizer; {port}: where to listen; {shape}: its name.
 KNOWN = {
@@ -106,7 +106,7 @@ def serving(peer: Peer, shape: str, folder: Path) -> Iterator[Server]:
             raise PeerFailed(f"{peer.name}: {peer.url}: {error}") from error
         yield Server(peer.name, peer.url, () if pid is None else (pid,), None)
         return
-    port = free_port()
+    port = free_port("127.0.0.1", 0)
     values = {"model": str(folder), "port": str(port), "shape": shape}
     words = [_filled(word, values) for word in shlex.split(peer.command)]
     with tempfile.NamedTemporaryFile("w+", prefix=f"penstock-{peer.name}-", suffix=".log") as output:
@@ -153,8 +153,3 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
             process.wait(_STOP_TIMEOUT_S)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return int(probe.getsockname()[1])

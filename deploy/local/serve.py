@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import errno
 import logging
 import os
 import shutil
-import socket
 import sys
 import tempfile
 import time
@@ -18,12 +16,13 @@ from typing import Any
 from penstock.local import cores, first_request, model_source, readiness
 from penstock.local.child import Child, ChildSpec
 from penstock.local.options import ModelPlan, ServePlan, known_variables
+from penstock.local.ports import free_port
 from penstock.local.relay import Relay
 from penstock.local.shares import shares
 from penstock.local.supervisor import Supervisor
 from penstock.protos import log as logs
 from penstock.protos import settings
-from penstock.protos.settings import ConfigError, Loaded
+from penstock.protos.settings import Loaded
 
 log = logging.getLogger("penstock.serve")
 
@@ -73,27 +72,6 @@ async def _supervise(plan: ServePlan, specs: list[ChildSpec], port: int, relay: 
         on_ready=on_ready,
     )
     return await supervisor.run()
-
-
-def free_port(host: str, port: int) -> int:
-    """The port to listen on, found by trying it; 0 asks for a free one. Raises ConfigError."""
-    try:
-        family, kind, number, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        with socket.socket(family, kind, number) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
-            probe.listen(1)
-            return int(probe.getsockname()[1])
-    except socket.gaierror as error:
-        raise ConfigError(f"--host: {host} is not an address of this machine") from error
-    except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            raise ConfigError(
-                f"port {port} on {host} is already in use; choose another with --port"
-            ) from error
-        raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}") from error
 
 
 def child_specs(plan: ServePlan, folder: Path, port: int, environ: Mapping[str, str]) -> list[ChildSpec]:

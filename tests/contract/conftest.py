@@ -227,7 +227,7 @@ async def serve(tmp_path: Path, fakes: ModuleType) -> AsyncIterator[Callable[...
         if ready:
             await frontend.services.wait_until(lambda: frontend.services.unready() is None, 10)
         url = next(url for url in frontend.urls if url.startswith("http"))
-        served = Served(frontend, engine, tokenizer, url, httpx.AsyncClient(base_url=url, timeout=20))
+        served = Served(frontend, engine, tokenizer, url, httpx.AsyncClient(base_url=url, timeout=60))
         started.append(served)
         return served
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,10 +17,12 @@ import httpx
 import openai
 import pytest
 
+from penstock.local.ports import free_port
 from penstock.protos import engine_pb2, engine_pb2_grpc
 from penstock.protos.probe import serving
 
 # Small enough that sixteen requests at once run out of blocks and preempt each other.
+PATIENCE_S = 60.0
 ENGINE = ["--num-kv-blocks=40", "--max-num-seqs=16", "--max-num-batched-tokens=48", "--threads=1"]
 
 
@@ -41,7 +42,7 @@ def _start(*words: str) -> subprocess.Popen[bytes]:
 
 
 def _wait(what: str, ready: Callable[[], bool], processes: dict[str, subprocess.Popen[bytes]]) -> None:
-    end = time.monotonic() + 90
+    end = time.monotonic() + 150
     while not ready():
         for name, process in processes.items():
             if process.poll() is not None:
@@ -53,7 +54,7 @@ def _wait(what: str, ready: Callable[[], bool], processes: dict[str, subprocess.
 
 def _answers(url: str) -> bool:
     try:
-        return httpx.get(f"{url}/readyz", timeout=2).status_code == 200
+        return httpx.get(f"{url}/readyz", timeout=20).status_code == 200
     except httpx.HTTPError:
         return False
 
@@ -63,8 +64,7 @@ def stack(tiny_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPat
     folder = tiny_checkpoint("llama")
     sockets = tmp_path_factory.mktemp("s")
     engine, tokenizer = f"unix:{sockets}/e", f"unix:{sockets}/t"
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+    port = free_port("127.0.0.1", 0)
     name = "--served-model-name=tiny"
     processes = {
         "engine": _start("engine", str(folder), name, f"--listen={engine}", *ENGINE),
@@ -84,10 +84,10 @@ def stack(tiny_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPat
             process.send_signal(signal.SIGTERM)
         for name, process in processes.items():
             try:
-                codes[name] = process.wait(20)
+                codes[name] = process.wait(60)
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
-                codes[name] = process.wait(5)
+                codes[name] = process.wait(30)
     assert codes == {"engine": 0, "tokenizer": 0, "frontend": 0}
 
 
@@ -97,10 +97,11 @@ async def nothing_is_left_behind(stack: Stack) -> AsyncIterator[None]:
     yield
     async with grpc.aio.insecure_channel(stack.engine) as channel:
         stub = engine_pb2_grpc.EngineStub(channel)
-        for _ in range(100):
-            load = await stub.GetLoad(engine_pb2.GetLoadRequest(), timeout=5)
+        end = time.monotonic() + PATIENCE_S
+        while True:
+            load = await stub.GetLoad(engine_pb2.GetLoadRequest(), timeout=PATIENCE_S)
             left = (load.running, load.waiting, load.kv_blocks_used, load.open_streams)
-            if left == (0, 0, 0, 0):
+            if left == (0, 0, 0, 0) or time.monotonic() > end:
                 break
             await asyncio.sleep(0.05)
     assert left == (0, 0, 0, 0), "running, waiting, blocks in use, open streams"

@@ -82,7 +82,7 @@ def test_each_mistake_has_its_answer_and_harms_nobody(
 ) -> None:
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
     answer = httpx.post(
-        stack.url + path, content=content, headers={"content-type": "application/json"}, timeout=30
+        stack.url + path, content=content, headers={"content-type": "application/json"}, timeout=60
     )
     error = answer.json()["error"]
     assert (answer.status_code, error["code"]) == (status, code), answer.text
@@ -91,7 +91,7 @@ def test_each_mistake_has_its_answer_and_harms_nobody(
     assert set(error) == {"message", "type", "param", "code"}
     assert len(answer.content) < 4096
     assert answer.headers["x-request-id"]
-    fine = httpx.post(stack.url + TEXT, json={"prompt": "fine", "max_tokens": 2}, timeout=30)
+    fine = httpx.post(stack.url + TEXT, json={"prompt": "fine", "max_tokens": 2}, timeout=60)
     assert fine.status_code == 200, fine.text
 
 
@@ -125,7 +125,7 @@ async def test_the_engine_validates_by_itself(
     async with grpc.aio.insecure_channel(stack.engine) as channel:
         stub = engine_pb2_grpc.EngineStub(channel)
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            async for _ in stub.Generate(request_, timeout=30):
+            async for _ in stub.Generate(request_, timeout=60):
                 pass
         error = from_rpc(caught.value)
         assert error.reason == reason
@@ -133,5 +133,5 @@ async def test_the_engine_validates_by_itself(
             assert error.param == param
         fine = engine_pb2.GenerateRequest(prompt_ids=common_pb2.TokenIds(ids=[5]))
         fine.stop.max_new_tokens = 2
-        events = [event async for event in stub.Generate(fine, timeout=30)]
+        events = [event async for event in stub.Generate(fine, timeout=60)]
         assert events[-1].HasField("finished")

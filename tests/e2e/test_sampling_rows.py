@@ -106,7 +106,7 @@ def test_length_penalty_ranks_beams(client: Any, stack: Any) -> None:
     def total(penalty: float) -> int:
         body = {"model": "tiny", "prompt": "beam", "max_tokens": 24, "n": 4, "use_beam_search": True}
         body |= {"length_penalty": penalty, "return_token_ids": True, "stop_token_ids": list(range(60, 110))}
-        done = httpx.post(f"{stack.url}/v1/completions", json=body).json()
+        done = httpx.post(f"{stack.url}/v1/completions", json=body, timeout=60).json()
         return len(done["choices"][0]["token_ids"])
 
     assert total(-5) <= total(1) <= total(5)
@@ -144,7 +144,7 @@ def test_extra_body_and_raw_json_are_the_same(client: Any, stack: Any, kind: str
 
 def _same(stack: Any, path: str, create: Any, prompt: Any, extra: dict[str, Any]) -> None:
     common = {"model": "tiny", "max_tokens": 4, "seed": 5, **prompt}
-    raw = httpx.post(f"{stack.url}/v1/{path}", json={**common, **extra})
+    raw = httpx.post(f"{stack.url}/v1/{path}", json={**common, **extra}, timeout=60)
     assert raw.status_code == 200, raw.text
     assert "x-penstock-ignored" not in raw.headers
     done = create(**common, extra_body=extra)

@@ -71,6 +71,7 @@ def before_step(plan: StepPlan) -> None:
     if FAIL_STEP in heads:
         raise RuntimeError("the device hiccups")
     if STUCK in heads:
+        process._END_GRACE_S = process._SHUTDOWN_GRACE_S = 0.1
         print("stuck", file=sys.stderr, flush=True)
     while STUCK in heads:
         time.sleep(1)
@@ -95,4 +96,6 @@ def before_sequence(row: Row) -> None:
 
 
 if __name__ == "__main__":
+    # A core that is not stuck ends by itself, however slow the machine is.
+    process._END_GRACE_S = process._SHUTDOWN_GRACE_S = 60.0
     sys.exit(process.main(build=build, model_errors=(FakeModelError,)))

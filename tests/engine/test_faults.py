@@ -206,7 +206,7 @@ def bare(tmp_path: Path) -> Iterator[BareCore]:
 def test_end_of_the_socket_ends_the_core(bare: BareCore) -> None:
     bare.until(Ready)
     bare.socket.shutdown(socket.SHUT_RDWR)
-    assert bare.process.wait(timeout=5) == 0
+    assert bare.process.wait(timeout=PATIENCE_S) == 0
 
 
 def test_end_of_the_socket_ends_a_stuck_core(bare: BareCore) -> None:
@@ -215,7 +215,7 @@ def test_end_of_the_socket_ends_a_stuck_core(bare: BareCore) -> None:
     assert bare.process.stderr is not None
     assert b"stuck\n" in iter(bare.process.stderr.readline, b"")
     bare.socket.shutdown(socket.SHUT_RDWR)
-    assert bare.process.wait(timeout=5) == 1
+    assert bare.process.wait(timeout=PATIENCE_S) == 1
 
 
 def test_shutdown_ends_a_stuck_core(bare: BareCore) -> None:
@@ -224,7 +224,7 @@ def test_shutdown_ends_a_stuck_core(bare: BareCore) -> None:
     assert bare.process.stderr is not None
     assert b"stuck\n" in iter(bare.process.stderr.readline, b"")
     bare.socket.sendall(encode(Shutdown()))
-    assert bare.process.wait(timeout=10) == 1
+    assert bare.process.wait(timeout=PATIENCE_S) == 1
 
 
 def test_signals_for_the_group_do_not_end_the_core(bare: BareCore) -> None:
@@ -246,14 +246,14 @@ def test_stack_dump_on_request(bare: BareCore) -> None:
 def test_garbage_ends_the_core(bare: BareCore) -> None:
     bare.until(Ready)
     bare.socket.sendall(b"\xff\xff\xff\xff garbage")
-    assert bare.process.wait(timeout=5) != 0
+    assert bare.process.wait(timeout=PATIENCE_S) != 0
 
 
 def test_load_failure_is_told_and_exits_with_3(tmp_path: Path) -> None:
     core = BareCore(tmp_path / "broken")
     try:
         assert core.until(LoadFailed) == LoadFailed("config.json: no such file")
-        assert core.process.wait(timeout=5) == 3
+        assert core.process.wait(timeout=PATIENCE_S) == 3
     finally:
         core.close()
 

@@ -374,7 +374,7 @@ def test_a_closed_inbox_wakes_and_ends_an_idle_loop() -> None:
     thread = threading.Thread(target=harness.loop.run)
     thread.start()
     harness.inbox.close()
-    thread.join(timeout=10)
+    thread.join(timeout=60)
     assert not thread.is_alive()
 
 

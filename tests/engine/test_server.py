@@ -7,7 +7,6 @@ import contextlib
 import hashlib
 import math
 import random
-import socket
 import urllib.request
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from serving_fixture import PATIENCE_S, Engine, refused, request, running_engine, slow
 
 from penstock.engine_service.core_keeper import State
+from penstock.local.ports import free_port
 from penstock.protos import common_pb2
 from penstock.protos import engine_pb2 as pb
 from penstock.protos.errors import from_rpc
@@ -279,8 +279,7 @@ async def test_metrics_are_fresh_on_every_scrape(tmp_path: Path) -> None:
 
 
 async def test_metrics_over_http(tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port("127.0.0.1", 0)
     async with running_engine(tmp_path, metrics_port=port):
 
         def scrape() -> str:

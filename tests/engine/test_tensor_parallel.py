@@ -6,7 +6,6 @@ import asyncio
 import os
 import re
 import signal
-import socket
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -36,6 +35,7 @@ from penstock.engine_service.core.messages import (
 from penstock.engine_service.core_process import COMMAND, CoreProcess
 from penstock.engine_service.node import run_ranks
 from penstock.engine_service.rank_command import places_of_node
+from penstock.local.ports import free_port
 from penstock.protos import settings
 
 Folder = Callable[..., Path]
@@ -235,8 +235,7 @@ async def test_followers_die_with_rank_0(tiny_checkpoint: Folder) -> None:
 
 def two_machines(folder: Path, **options: Any) -> tuple[dict[str, Any], EngineConfig]:
     """What rank 0's machine and the other one are told."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
+    port = free_port("127.0.0.1", 0)
     shared = {"tensor_parallel_size": 2, "nnodes": 2, "master_addr": "127.0.0.1", "master_port": port}
     return shared, EngineConfig(model=str(folder), node_rank=1, **{**shared, **options})
 

@@ -30,7 +30,7 @@ COUNT = 2
 SERVED = 'penstock:http_requests_total{method="POST",route="/chat/completions",status="200"}'
 
 
-def _eventually(condition: Callable[[], Any], seconds: float = 30.0) -> Any:
+def _eventually(condition: Callable[[], Any], seconds: float = 60.0) -> Any:
     """The first truthy answer; a connection that is refused counts as none."""
     until = time.monotonic() + seconds
     while True:
@@ -59,7 +59,7 @@ class Stack:
 
     def get(self, path: str) -> httpx.Response:
         """On a connection of its own, so that any worker may get it."""
-        return httpx.get(self.url + path, timeout=10)
+        return httpx.get(self.url + path, timeout=60)
 
     def ready(self) -> None:
         _eventually(lambda: self.get("/readyz").status_code == 200)
@@ -103,12 +103,12 @@ def _stack(
             process.terminate()
         for process in (frontend, *stack.services.values()):
             try:
-                process.wait(20)
+                process.wait(60)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
         if reader.is_alive():
-            reader.join(10)
+            reader.join(60)
         frontend.stderr.close()  # type: ignore[union-attr]
 
 
@@ -165,7 +165,7 @@ def test_a_signal_drains_all_workers(folder: Path) -> None:
             stack.frontend.send_signal(signal.SIGTERM)
             texts = ["".join(c.choices[0].delta.content or "" for c in stream) for stream in streams]
             assert [text.count(MARK) for text in texts] == [25] * 6
-        assert stack.frontend.wait(20) == 0
+        assert stack.frontend.wait(60) == 0
         with pytest.raises(httpx.ConnectError):
             stack.get("/livez")
 
@@ -191,7 +191,7 @@ def test_a_unix_socket(folder: Path) -> None:
 
         def client() -> httpx.Client:
             transport = httpx.HTTPTransport(uds=str(path))
-            return httpx.Client(transport=transport, base_url="http://localhost", timeout=10)
+            return httpx.Client(transport=transport, base_url="http://localhost", timeout=60)
 
         def ready() -> bool:
             with client() as http:
@@ -203,7 +203,7 @@ def test_a_unix_socket(folder: Path) -> None:
                 body = {"model": MODEL, "prompt": "x", "max_tokens": 1}
                 assert http.post("/v1/completions", json=body).status_code == 200
         stack.frontend.terminate()
-        assert stack.frontend.wait(20) == 0
+        assert stack.frontend.wait(60) == 0
         assert not path.exists()
 
 

@@ -20,8 +20,8 @@ pytest.importorskip("triton")
 from penstock.kernels import dispatch
 from penstock.kernels.ahead_of_time import SHARED_LIMITS, Compiled, compile_all
 
-# Op, configuration, architecture -> bytes a thread may keep on its stack. Triton 3.7.1 spills nothing, 3.6.0 one
-# register pair of a decode.
+# Op, configuration, architecture -> bytes a thread may keep on its stack. Triton 3.7.1 spills nothing, 3.6.0
+# a few registers of one decode.
 SPILLS = [("paged_attention", r"split bf16 .* q1", "sm_80|sm_90", 16)]
 
 

@@ -29,7 +29,7 @@ async def test_ready_once_it_says_so_and_lists_every_model(
 
     server = scripted_server(script)
     address = server.url.removeprefix("http://")
-    await asyncio.wait_for(readiness.wait_ready(address, ["a", "b"], "sk-1"), 20)
+    await asyncio.wait_for(readiness.wait_ready(address, ["a", "b"], "sk-1"), 60)
     assert next(states, None) is None
     assert "Authorization: Bearer sk-1" in server.requests[-1][0]
 
@@ -40,7 +40,7 @@ async def test_without_a_usable_key_readiness_is_enough(
     server = scripted_server(
         lambda method, path, body: [http_response(200 if path == "/readyz" else 401, b"{}")]
     )
-    await asyncio.wait_for(readiness.wait_ready(server.url.removeprefix("http://"), ["a"]), 20)
+    await asyncio.wait_for(readiness.wait_ready(server.url.removeprefix("http://"), ["a"]), 60)
 
 
 @pytest.mark.parametrize("answer", [b"", b"nonsense\r\n\r\n", b"HTTP/1.1\r\n\r\n"])

@@ -55,7 +55,7 @@ def test_a_terminal_that_is_held_does_not_stop_the_caller(monkeypatch: pytest.Mo
 
     class Held(io.StringIO):
         def write(self, text: str) -> int:
-            release.wait(10)
+            release.wait(60)
             return super().write(text)
 
     stream = Held()
@@ -63,7 +63,7 @@ def test_a_terminal_that_is_held_does_not_stop_the_caller(monkeypatch: pytest.Mo
     for number in range(1000):
         out.line(str(number))
     release.set()
-    out.close(timeout_s=10)
+    out.close(timeout_s=60)
     assert 10 <= len(stream.getvalue().splitlines()) <= 12
 
 

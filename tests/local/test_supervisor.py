@@ -14,7 +14,7 @@ from penstock.local import supervisor
 from penstock.local.child import ChildSpec
 from penstock.local.supervisor import Supervisor
 
-EVENT_S = 5.0
+EVENT_S = 60.0
 
 
 class ScriptedChild:

@@ -16,6 +16,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from penstock.local.ports import free_port
 from penstock.protos import tokenizer_pb2 as pb
 from penstock.protos import tokenizer_pb2_grpc
 from penstock.protos.child_process import PIPE, ChildProcess
@@ -78,13 +79,8 @@ async def healthy(channel: grpc.aio.Channel) -> None:
             return
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
-
-
 def fetch(url: str) -> str:
-    with urllib.request.urlopen(url, timeout=10) as answer:
+    with urllib.request.urlopen(url, timeout=60) as answer:
         return str(answer.read().decode())
 
 
@@ -94,7 +90,7 @@ async def watch_for_ever(channel: grpc.aio.Channel) -> None:
 
 
 async def test_it_serves_drains_and_leaves_nothing_behind(chat_folder: Path, tmp_path: Path) -> None:
-    target, port = f"unix:{tmp_path}/s", free_port()
+    target, port = f"unix:{tmp_path}/s", free_port("127.0.0.1", 0)
     process = await ChildProcess.start(
         command(model=str(chat_folder), listen=[target], metrics_port=port), stderr=PIPE
     )
@@ -111,8 +107,8 @@ async def test_it_serves_drains_and_leaves_nothing_behind(chat_folder: Path, tmp
             assert renderers
             process.send_signal(signal.SIGTERM)
             assert (await long).encodings[0].ids
-            assert await asyncio.wait_for(process.wait(), 30) == 0
-            await asyncio.wait_for(watcher, 10)  # a watcher's stream ends with the server, without an error
+            assert await asyncio.wait_for(process.wait(), 60) == 0
+            await asyncio.wait_for(watcher, 60)  # a watcher's stream ends with the server, without an error
     finally:
         if process.returncode is None:
             process.kill()
@@ -131,7 +127,7 @@ async def test_renderers_end_with_a_service_that_is_killed(chat_folder: Path, tm
     renderers = children(process.pid)
     process.kill()
     await process.wait()
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         while any(alive(pid) for pid in renderers):
             await asyncio.sleep(0.02)
 
