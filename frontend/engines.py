@@ -212,16 +212,21 @@ class EngineConnection(Connection):
     async def _watch_silence(self, call: grpc.aio.StreamStreamCall) -> None:
         interval_s = min(1.0, self._silence_seconds / 8)
         live = self._dispatcher.live
+        looks = 0  # in vain, one after the other
         while True:
             if not live:
                 self._has_live.clear()
                 await self._has_live.wait()
             await asyncio.sleep(interval_s)
             if not live or self._silent_for() < self._silence_seconds / 2:
-                self._quiet_steps = None
-            elif await self._makes_steps(interval_s):
-                self._last_event = self._loop.time()
-            elif self._silent_for() > self._silence_seconds:
+                self._quiet_steps, looks = None, 0
+                continue
+            if await self._makes_steps(interval_s):
+                self._last_event, looks = self._loop.time(), 0
+                continue
+            looks += 1
+            # After the first look, what came while this process itself was held up is taken in.
+            if looks > 1 and self._silent_for() > self._silence_seconds:
                 log.error("engine %s was silent for %.0f s", self.address, self._silence_seconds)
                 self._dispatcher.fail_all(
                     ApiError("timeout", "The engine gave no sign of life for too long."), retryable=False

@@ -61,7 +61,7 @@ class RawConnection:
     async def closed_by_peer(self) -> bool:
         """Reads to the end of the connection."""
         try:
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(60):
                 while await self.reader.read(65536):
                     pass
         except ConnectionError:
@@ -70,7 +70,7 @@ class RawConnection:
 
     async def answer(self, *, head_only: bool = False) -> Raw:
         """Reads one answer; head_only: to a HEAD request."""
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             head = await self.reader.readuntil(b"\r\n\r\n")
             lines = head.decode("latin-1").split("\r\n")
             headers = {}
@@ -151,7 +151,7 @@ class Served:
 
     async def idle(self) -> None:
         """Waits until nothing runs any more, in the frontend and at the engine."""
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while self.frontend.services.num_live or self.frontend.context.answers:
                 await asyncio.sleep(0.005)
         await self.engine.wait_until(lambda: self.engine.num_live == 0)

@@ -53,11 +53,11 @@ async def test_before_admission(served: Any, tools: Any, stream: bytes) -> None:
     served.engine.accepting.clear()
     connection = await served.connect()
     await connection.send(tools.http("POST", "/v1/chat/completions", LONG % stream))
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while not served.frontend.services.num_live:
             await asyncio.sleep(0.005)
     connection.close()
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while served.frontend.services.num_live or served.frontend.context.answers:
             await asyncio.sleep(0.005)
     served.engine.accepting.set()
@@ -71,11 +71,11 @@ async def test_while_the_tokenizer_works(served: Any, tools: Any) -> None:
     served.tokenizer.answering.clear()
     connection = await served.connect()
     await connection.send(tools.http("POST", "/v1/chat/completions", LONG % b"true"))
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while "Render" not in served.tokenizer.calls:
             await asyncio.sleep(0.005)
     connection.close()
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while served.frontend.context.metrics.in_flight:
             await asyncio.sleep(0.005)
     served.tokenizer.answering.set()
@@ -88,7 +88,7 @@ async def test_pipelined_behind_a_stream(served: Any, tools: Any) -> None:
     connection = await served.connect()
     request = tools.http("POST", "/v1/chat/completions", LONG % b"true", x_request_id="first")
     await connection.send(request + tools.http("GET", "/livez"))
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         await connection.reader.readuntil(b"\r\n\r\n")
     await served.engine.wait_until(lambda: served.engine.num_live == 1)
     connection.writer.transport.abort()
@@ -133,7 +133,7 @@ async def test_reader_that_stalls_is_cut_and_nobody_else_waits(serve: Any, tools
     # The client sees an unfinished body, not a clean end.
     data = b""
     try:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while piece := await loop.sock_recv(sleepy, 1 << 20):
                 data += piece
     except ConnectionError:
@@ -154,9 +154,9 @@ async def test_slow_reader_gets_everything(serve: Any, tools: Any) -> None:
     await loop.sock_sendall(slow, tools.http("POST", "/v1/chat/completions", body, connection="close"))
     await served.engine.wait_until(lambda: len(served.engine.requests) == 1)
     # The engine is done before the reader begins.
-    await served.engine.wait_until(lambda: served.engine.num_live == 0, 60)
+    await served.engine.wait_until(lambda: served.engine.num_live == 0)
     data = bytearray()
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         while piece := await loop.sock_recv(slow, 1 << 20):
             data += piece
     slow.close()

@@ -86,7 +86,7 @@ async def test_one_usage_record_per_request(served: Any, fakes: Any, tools: Any,
     connection = await served.connect()
     body = b'{"messages":"secret words","stream":true,"max_tokens":3000}'
     await connection.send(tools.http("POST", "/v1/chat/completions", body))
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         await connection.reader.readuntil(b'"content":"')
         await connection.reader.readuntil(b'"content":"')
     connection.close()

@@ -22,7 +22,7 @@ from penstock.protos.errors import ApiError, from_rpc
 from penstock.protos.serving import CLIENT_OPTIONS
 
 FAKE_CORE = (sys.executable, str(Path(__file__).parent / "fake_core.py"))
-PATIENCE_S = 30.0
+PATIENCE_S = 60.0
 
 
 @dataclass

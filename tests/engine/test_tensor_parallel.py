@@ -43,7 +43,7 @@ PROMPTS = [[3, 141, 59, 26], [5] * 9, [2, 7, 1, 8, 28, 18, 28, 45, 90, 45, 23, 5
 # Its step is too long for one broadcast.
 LONG = [i * 37 % 251 for i in range(400)]
 NEW = 6
-PATIENCE_S = 30.0
+PATIENCE_S = 60.0
 
 
 class Core:

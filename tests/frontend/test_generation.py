@@ -15,7 +15,7 @@ from penstock.frontend.text.options import TextOptions
 from penstock.protos import engine_pb2
 from penstock.protos.errors import ApiError
 
-LIMIT_S = 10
+LIMIT_S = 60.0
 
 
 class Recorder:
@@ -369,12 +369,12 @@ async def test_the_deadline_reaches_the_engine_and_holds_without_it(
 ) -> None:
     monkeypatch.setattr("penstock.frontend.generation.DEADLINE_GRACE_S", 0.0)
     stack.engine.running.clear()
-    handle, heard = await stack.submit(timeout_s=0.2)
+    handle, heard = await stack.submit(timeout_s=1.0)
     await handle.admitted()
     await heard.end()
     assert heard.error is not None
     assert heard.error.reason == "timeout"
-    assert 0 < stack.engine.timeouts_us[0] <= 200_000
+    assert 0 < stack.engine.timeouts_us[0] <= 1_000_000
     await stack.idle()
 
 

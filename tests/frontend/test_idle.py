@@ -13,7 +13,7 @@ from penstock.frontend.connection import Connection
 from penstock.frontend.context import Context
 from penstock.frontend.targets import AddressBook
 
-LIMIT_S = 10.0
+LIMIT_S = 60.0
 
 
 class Stream:

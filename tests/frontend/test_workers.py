@@ -65,7 +65,7 @@ class Stack:
         _eventually(lambda: self.get("/readyz").status_code == 200)
 
     def client(self) -> openai.OpenAI:
-        return openai.OpenAI(base_url=self.url + "/v1", api_key="EMPTY", max_retries=0, timeout=30)
+        return openai.OpenAI(base_url=self.url + "/v1", api_key="EMPTY", max_retries=0, timeout=60)
 
     def ask(self, client: openai.OpenAI, **options: Any) -> Any:
         messages: Any = [{"role": "user", "content": "hi"}]

@@ -51,7 +51,7 @@ async def clean(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
         monkeypatch.delattr(os, "pidfd_open")
     before = descriptors()
     yield
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while descriptors() > before:  # transports close in a later turn of the loop
             await asyncio.sleep(0)
 

@@ -176,7 +176,7 @@ class FakeEngine(engine_pb2_grpc.EngineServicer):
         self._break.set()
         self._break = asyncio.Event()
 
-    async def wait_until(self, condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
+    async def wait_until(self, condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
         """Returns when condition() holds; asked again after each event here."""
         async with asyncio.timeout(timeout_s):
             while not condition():

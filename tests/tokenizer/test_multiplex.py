@@ -26,7 +26,7 @@ def render(text: str, **fields: Any) -> pb.RenderRequest:
 async def connected(stub: Any) -> tuple[TokenizerStream, asyncio.Task[None]]:
     stream = TokenizerStream()
     task = asyncio.create_task(stream.run(stub))
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while not stream.connected:
             await asyncio.sleep(0.001)
     return stream, task
@@ -92,13 +92,13 @@ async def test_a_caller_that_gives_up_leaves_nothing_running(serve: Serve, model
         await stream.ask(render("x"), 0.05)
     assert late.value.reason == "timeout"
     waiting = [asyncio.create_task(stream.ask(render("x"), 30)) for _ in range(3)]
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while parts.pool.waiting < 2:
             await asyncio.sleep(0.001)
     for one in waiting:
         one.cancel()
     await asyncio.gather(*waiting, return_exceptions=True)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while parts.pool.waiting:
             await asyncio.sleep(0.001)
     await ended(task)
