@@ -250,7 +250,7 @@ with spawn.sigterm_unwinds(), bench_peers.serving(peer, "s", Path("/")) as serve
         pid = int(child.stdout.readline())
         assert bench_machine.descendants([pid]) == [pid]
         child.terminate()
-        assert child.wait(30) == 143
+        assert child.wait(60) == 143
     assert bench_machine.descendants([pid]) == []
 
 
