@@ -136,10 +136,6 @@ def in_input_names(error: ApiError, input_param: str) -> ApiError:
     return error
 
 
-def wrong_type(name: str, expected: str) -> ApiError:
-    return ApiError("invalid_type", f"'{name}' must be {expected}.", name)
-
-
 def unsupported(name: str, why: str = "is not supported by this server") -> ApiError:
     return ApiError("unsupported_parameter", f"'{name}' {why}.", name)
 

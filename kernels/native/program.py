@@ -11,7 +11,7 @@ the program's, or live as long as it. `src/program.c` makes the calls.
 from __future__ import annotations
 
 import ctypes
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -47,6 +47,7 @@ class NotRecordable(Exception):
     """The model does something that no program can hold: it runs the ordinary way."""
 
 
+@runtime_checkable
 class RecordableLinear(Protocol):
     outputs: int
 
@@ -115,11 +116,10 @@ class Program:
 
     def linear(self, linear: object, x: Tensor, name: str) -> Tensor:
         """Raises NotRecordable for a linear that is not the native library's."""
-        record = getattr(linear, "record", None)
-        if record is None:
+        if not isinstance(linear, RecordableLinear):
             raise NotRecordable(f"a {type(linear).__name__} is not the native library's")
-        out = self.buffer(name, getattr(linear, "outputs", 0))
-        record(self, x, out)
+        out = self.buffer(name, linear.outputs)
+        linear.record(self, x, out)
         return out
 
     def rotate_and_write(
