@@ -18,7 +18,7 @@ from pathlib import Path
 
 from penstock.frontend.text.message import MessageParser
 from penstock.frontend.text.pipeline import TextPipeline
-from penstock.frontend.text.reasoning import REASONING_PARSERS, ReasoningParser
+from penstock.frontend.text.reasoning_formats import REASONING_PARSERS
 from penstock.frontend.text.tools import TOOL_PARSERS
 from penstock.frontend.text.tools.events import Tools
 from penstock.frontend.text.vocabulary import Vocabulary
@@ -42,7 +42,7 @@ Make = Callable[[], MessageParser | None]
 def message(tools: str | None, reasoning: bool = False) -> Make:
     def make() -> MessageParser:
         return MessageParser(
-            ReasoningParser(REASONING_PARSERS["qwen3"], inside=False) if reasoning else None,
+            REASONING_PARSERS["qwen3"].parser(inside=False) if reasoning else None,
             TOOL_PARSERS[tools](TOOLS) if tools else None,
         )
 

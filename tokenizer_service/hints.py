@@ -33,6 +33,7 @@ _REASONING_PARSERS: tuple[tuple[tuple[str, ...], str], ...] = (
     (("[THINK]",), "mistral"),
     (("<seed:think>",), "seed_oss"),
     (("<think>", "<arg_key>"), "glm45"),
+    (("<|tool_call_argument_begin|>", "think>"), "kimi_k2"),
     (("<minimax:tool_call>", "<think>"), "minimax_m2"),
     (("think>", "enable_thinking"), "qwen3"),
     (("think>",), "deepseek_r1"),

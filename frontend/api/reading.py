@@ -18,7 +18,7 @@ from penstock.frontend.api.constraint import Asked
 from penstock.frontend.api.tool_use import ToolUse
 from penstock.frontend.text.message import MessageParser
 from penstock.frontend.text.parsers import AUTO, NONE, ParserNames
-from penstock.frontend.text.reasoning import ReasoningFormat, ReasoningParser, find_format
+from penstock.frontend.text.reasoning_formats import ReasoningFormat, find_format
 from penstock.frontend.text.tools import FALLBACK, TOOL_PARSERS, ToolParser, grammar
 from penstock.frontend.text.vocabulary import Vocabulary
 from penstock.protos import engine_pb2, tokenizer_pb2
@@ -100,22 +100,22 @@ class ReadingPlan:
             lark = self._lark(None)
             rule = _rule(lark, asked.constraint)
             if rule is not None:
-                text = lark.written(f"{self._thought(lark)} {rule}")
+                text = lark.written(f"{self._thought(lark)} {self._lead(lark)} {rule}")
                 made = Asked(engine_pb2.Constraint(grammar=text), asked.param)
         if made is not None and self._reasoning is not None and self._inside:
             del made.constraint.starts_after[:]
-            made.constraint.starts_after.extend(self._ids(self._reasoning.closing))
+            made.constraint.starts_after.extend(self._ids(self._reasoning.answer_mark))
         return made
 
     def reading(self, n: int) -> Reading | None:
         """n: sequences of the engine. None: the answer's text is its content."""
-        use = self._use
-        if self._tool_parser is None and self._reasoning is None:
+        use, form = self._use, self._reasoning
+        if self._tool_parser is None and form is None:
             return None
         tools = use.tools() if use is not None else None
         messages = [
             MessageParser(
-                self._new_reasoning(),
+                None if form is None else form.parser(inside=self._inside, may_open=self._may_open),
                 None if self._tool_parser is None or tools is None else self._tool_parser(tools),
                 include_reasoning=self._include_reasoning,
                 one_call=use is not None and use.one_call,
@@ -123,8 +123,8 @@ class ReadingPlan:
             for _ in range(n)
         ]
         shown = self._tool_parser.marks if self._tool_parser is not None else ()
-        if self._reasoning is not None:
-            shown += (self._reasoning.opening, self._reasoning.closing)
+        if form is not None:
+            shown += form.marks
         return Reading(
             messages,
             shown,
@@ -138,11 +138,6 @@ class ReadingPlan:
     def _thinks_first(self) -> bool:
         """Whether the model may write a whole reasoning block before its answer."""
         return self._reasoning is not None and not self._inside and self._may_open
-
-    def _new_reasoning(self) -> ReasoningParser | None:
-        if self._reasoning is None:
-            return None
-        return ReasoningParser(self._reasoning, inside=self._inside, may_open=self._may_open)
 
     def _grammar(self, use: ToolUse, parser: type[ToolParser], answer: Mapping[str, object] | None) -> str:
         lark = self._lark(parser)
@@ -160,12 +155,15 @@ class ReadingPlan:
         thought = self._thought(lark)
         if use.must_call:
             return grammar.forced(lark, form, calls, one=use.one_call, thought=thought)
-        return grammar.optional(lark, form, calls, one=use.one_call, thought=thought, answer=answer)
+        lead = self._lead(lark)
+        return grammar.optional(
+            lark, form, calls, one=use.one_call, thought=thought, lead=lead, answer=answer
+        )
 
     def _lark(self, parser: type[ToolParser] | None) -> grammar.Lark:
         marks = parser.marks if parser is not None else ()
         if self._reasoning is not None:
-            marks += (self._reasoning.opening, self._reasoning.closing)
+            marks += self._reasoning.marks
         return grammar.Lark(self._vocabulary.added_ids, marks)
 
     def _thought(self, lark: grammar.Lark) -> str:
@@ -173,7 +171,10 @@ class ReadingPlan:
             return ""
         if not self._thinks_first:
             return grammar.AFTER_THOUGHT if self._inside else ""
-        return grammar.thought(lark, self._reasoning.opening, self._reasoning.closing)
+        return self._reasoning.thought(lark)
+
+    def _lead(self, lark: grammar.Lark) -> str:
+        return self._reasoning.lead(lark) if self._reasoning is not None and self._thinks_first else ""
 
     def _ids(self, text: str) -> list[int]:
         found = self._vocabulary.added_ids.get(text)

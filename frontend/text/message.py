@@ -4,6 +4,7 @@ tokens' ids, no request types and no wire format.
 
 from __future__ import annotations
 
+from penstock.frontend.text.channels import ChannelParser
 from penstock.frontend.text.reasoning import ReasoningParser
 from penstock.frontend.text.tools import ToolParser
 from penstock.frontend.text.tools.events import Arguments, CallStart, Content, Event, Reasoning
@@ -19,7 +20,7 @@ class MessageParser:
 
     def __init__(
         self,
-        reasoning: ReasoningParser | None,
+        reasoning: ReasoningParser | ChannelParser | None,
         tools: ToolParser | None,
         *,
         include_reasoning: bool = True,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from penstock.frontend.text.reasoning import REASONING_PARSERS, find_format
+from penstock.frontend.text.reasoning_formats import REASONING_PARSERS, find_format
 from penstock.frontend.text.tools import TOOL_PARSERS
 
 AUTO, NONE = "auto", "none"

@@ -7,44 +7,12 @@ answer is dropped.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import Enum, auto
 
 from penstock.frontend.text.tools.reader import held_back
 
 # White space that may precede an opening tag, or follow a reasoning that is dropped with it.
 _MAX_SPACE = 64
-
-
-@dataclass(frozen=True, slots=True)
-class ReasoningFormat:
-    """implied: the output begins inside the reasoning even where neither prompt nor model wrote the tag."""
-
-    opening: str
-    closing: str
-    implied: bool = False
-
-
-_THINK = ReasoningFormat("<think>", "</think>")
-
-REASONING_PARSERS: dict[str, ReasoningFormat] = {
-    "deepseek_r1": ReasoningFormat("<think>", "</think>", implied=True),
-    "qwen3": _THINK,
-    "think": _THINK,
-    "glm45": _THINK,
-    "minimax_m2": _THINK,
-    "mistral": ReasoningFormat("[THINK]", "[/THINK]"),
-    "seed_oss": ReasoningFormat("<seed:think>", "</seed:think>"),
-}
-_PAIR = "tags:"
-
-
-def find_format(name: str) -> ReasoningFormat | None:
-    """By name, or a pair of tags of one's own as `tags:OPENING,CLOSING`. None: there is none of that name."""
-    if name.startswith(_PAIR):
-        opening, _, closing = name.removeprefix(_PAIR).partition(",")
-        return ReasoningFormat(opening, closing) if opening and closing else None
-    return REASONING_PARSERS.get(name)
 
 
 class _State(Enum):
@@ -59,11 +27,12 @@ class ReasoningParser:
     """feed(text) -> (reasoning, content), flush() -> (reasoning, content). The opening tag counts only at the
     start: an answer may speak of it."""
 
-    __slots__ = ("_format", "_held", "_may_open", "_state")
+    __slots__ = ("_closing", "_held", "_may_open", "_opening", "_state")
 
-    def __init__(self, form: ReasoningFormat, *, inside: bool, may_open: bool = True) -> None:
+    def __init__(self, opening: str, closing: str, *, inside: bool, may_open: bool = True) -> None:
         """inside: the output begins inside the reasoning. may_open: it may begin with the opening tag."""
-        self._format = form
+        self._opening = opening
+        self._closing = closing
         self._held = ""
         self._may_open = may_open
         self._state = _State.ENTERED if inside else _State.START if may_open else _State.OUTSIDE
@@ -80,7 +49,7 @@ class ReasoningParser:
     def feed(self, text: str) -> tuple[str, str]:
         if self._state is _State.OUTSIDE:
             return "", text
-        plain = self._state is _State.INSIDE and not self._held and self._format.closing[0] not in text
+        plain = self._state is _State.INSIDE and not self._held and self._closing[0] not in text
         if plain and not text[-1:].isspace():
             return text, ""
         text, self._held = self._held + text, ""
@@ -100,7 +69,7 @@ class ReasoningParser:
     def _open(self, text: str) -> str:
         """Looks for the opening tag. Returns what comes after it, or what is no tag."""
         bare = text.lstrip()
-        opening = self._format.opening
+        opening = self._opening
         near = len(text) - len(bare) <= _MAX_SPACE
         if self._may_open and near and bare.startswith(opening):
             self._state, self._may_open = _State.ENTERED, False
@@ -117,7 +86,7 @@ class ReasoningParser:
 
     def _reason(self, text: str) -> tuple[str, str]:
         """(reasoning, what comes after the closing tag)."""
-        closing = self._format.closing
+        closing = self._closing
         at = text.find(closing)
         if at >= 0:
             self._state = _State.LEFT

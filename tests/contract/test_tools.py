@@ -404,6 +404,42 @@ async def test_reasoning(serve: Any, fakes: Any) -> None:
     assert served.engine.requests[-1].constraint.grammar == 'start: "a"'
 
 
+@pytest.mark.row("A10.9")
+async def test_channels_of_harmony(serve: Any, fakes: Any) -> None:
+    """Reasoning, a remark and a call of one answer, its marks special tokens, streamed and not."""
+    marks = ("<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|constrain|>", "<|call|>", "<|return|>")
+    served = await serve(
+        tokenizer_options={"special": ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *marks)}
+    )
+    served.tokenizer.tool_parser, served.tokenizer.reasoning_parser = "openai", "openai_gptoss"
+    says(
+        served,
+        fakes,
+        "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>commentary<|message|>I look."
+        "<|end|><|start|>assistant<|channel|>commentary to=functions.get_weather <|constrain|>json<|message|>"
+        '{"city": "Paris"}',
+    )
+    (choice,) = (await served.post(CHAT, ASK)).json()["choices"]
+    message = choice["message"]
+    assert (message["reasoning"], message["content"]) == ("Hm.", "I look.")
+    assert message["tool_calls"][0]["function"] == {"name": "get_weather", "arguments": '{"city": "Paris"}'}
+    assert choice["finish_reason"] == "tool_calls"
+    events = await chunks(served, ASK)
+    content, calls, finishes = calls_of(events)
+    assert (content, finishes[-1]) == ("I look.", "tool_calls")
+    assert calls[0]["function"] == message["tool_calls"][0]["function"]
+    thought = "".join(event["choices"][0]["delta"].get("reasoning", "") for event in events)
+    assert thought == "Hm."
+    # A form is for the answer alone, which has a header of its own.
+    says(served, fakes, "<|channel|>final<|message|>5")
+    form = {"messages": ASK["messages"], "guided_choice": ["4", "5"]}
+    (choice,) = (await served.post(CHAT, form)).json()["choices"]
+    assert choice["message"]["content"] == "5"
+    ids = {mark: served.tokenizer.tokenizer.token_to_id(mark) for mark in marks}
+    head = f'<[{ids["<|channel|>"]}]> "final" <[{ids["<|message|>"]}]>'
+    assert head in served.engine.requests[-1].constraint.grammar.splitlines()[0]
+
+
 async def test_a_prompt_that_ends_inside_the_reasoning(served: Any, fakes: Any) -> None:
     served.tokenizer.reasoning_parser = "deepseek_r1"
     served.tokenizer.ends_in_reasoning = True

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
 import pytest
 
 from penstock.frontend.text.message import MessageParser
-from penstock.frontend.text.reasoning import REASONING_PARSERS, ReasoningParser, find_format
+from penstock.frontend.text.reasoning_formats import REASONING_PARSERS, find_format
 from penstock.frontend.text.tools import TOOL_PARSERS
 from penstock.frontend.text.tools.events import Arguments, CallStart, Content, Reasoning, Tools, merged
 
@@ -17,7 +18,7 @@ def run(
 ) -> tuple[str, str]:
     form = find_format(name)
     assert form is not None
-    parser = ReasoningParser(form, inside=inside, may_open=may_open)
+    parser = form.parser(inside=inside, may_open=may_open)
     thought = answer = ""
     for piece in pieces:
         more_thought, more_answer = parser.feed(piece)
@@ -68,6 +69,71 @@ def test_an_answer_that_is_continued_does_not_open() -> None:
     assert run("<think>a</think>", may_open=False) == ("", "<think>a</think>")
 
 
+START, ANALYSIS = "<|start|>assistant", "<|channel|>analysis<|message|>"
+FINAL = "<|channel|>final<|message|>"
+CALL = '<|channel|>commentary to=functions.now <|constrain|>json<|message|>{"a": 1}<|call|>'
+CHANNELS = [
+    (f"{ANALYSIS}2 < 3.\n<|end|>{START}{FINAL} Yes.\n<|return|>", "2 < 3.\n", " Yes.\n"),
+    (f"{ANALYSIS}a<|end|>{START}{ANALYSIS}b<|end|>{FINAL}c", "a\nb", "c"),
+    (f"<|channel|>commentary<|message|>Go.<|end|>\n{START}{ANALYSIS}a<|end|>{START}{FINAL}c", "a", "Go.\nc"),
+    (f"{ANALYSIS}a{START}{FINAL}b", "a", "b"),
+    (f"{ANALYSIS}never closed <|en", "never closed <|en", ""),
+    (f"{ANALYSIS}a<|end|>{START}<|channel|>fin", "a", ""),
+    (f"{ANALYSIS}a<|end|>{START}{CALL}", "a", f"{START}{CALL}"),
+    ("<|channel|>analysis to=python code<|message|>1+1<|end|>x", "1+1", "x"),
+    ("<|channel|>analysis to=functions.f<|message|>1", "", "<|channel|>analysis to=functions.f<|message|>1"),
+    ("<|channel|>commentary to=python<|message|>1", "", "<|channel|>commentary to=python<|message|>1"),
+    (f"<|channel|>{'x' * 600}{FINAL}a", "", f"<|channel|>{'x' * 600}<|channel|>final<|message|>a"),
+    ("No channels, 1 < 2.", "", "No channels, 1 < 2."),
+    ("to=you", "", "to=you"),
+    (" x", "", " x"),
+    ("", "", ""),
+]
+
+
+@pytest.mark.parametrize(("text", "thought", "answer"), CHANNELS)
+def test_channels_whatever_the_cuts(text: str, thought: str, answer: str) -> None:
+    """What is for a function is left to the parser of calls; the beginning of a header alone is dropped."""
+    form = find_format("openai_gptoss")
+    assert form is not None
+    for pieces in [[text], list(text), *([text[:at], text[at:]] for at in range(len(text)))]:
+        parser = form.parser(inside=False)
+        outcome = [parser.feed(piece) for piece in pieces] + [parser.flush()]
+        assert tuple(map("".join, zip(*outcome, strict=True))) == (thought, answer), pieces
+
+
+def test_channels_of_a_text_that_goes_on() -> None:
+    form = REASONING_PARSERS["harmony"]
+    thinking, answering = form.parser(inside=True), form.parser(inside=False, may_open=False)
+    assert thinking.feed(f"so<|end|>{START}{FINAL}x") == ("so", "x")
+    assert answering.feed("<b> and") == ("", "<b> and")
+    assert not answering.inside
+
+
+def test_a_message_of_channels() -> None:
+    text = f"{ANALYSIS}I think.<|end|>{START}<|channel|>commentary<|message|>Look.<|end|>{START}{CALL}"
+    pieces = re.findall(r"<\|\w+\|>| ?[^ <]+| ", text)
+    assert "".join(pieces) == text
+    form = REASONING_PARSERS["harmony"]
+    parser = MessageParser(form.parser(inside=False), TOOL_PARSERS["harmony"](Tools()))
+    events = []
+    for piece in pieces:
+        parser.add(piece, 1)
+        events += parser.take()
+    told = [
+        (type(event).__name__, event.name if isinstance(event, CallStart) else event.text)
+        for event in merged([*events, *parser.finish()])
+    ]
+    assert told == [
+        ("Reasoning", "I think."),
+        ("Content", "Look."),
+        ("CallStart", "now"),
+        ("Arguments", '{"a": 1}'),
+    ]
+    assert parser.num_reasoning_tokens == 2
+    assert not parser.invalid
+
+
 OUTPUT = (
     "<think>\nI need <tool_call>.\n</think>\n\nLooking.\n<tool_call>\n"
     '{"name": "now", "arguments": {"a": 1}}\n</tool_call>\n<tool_call>{"name": "later"}</tool_call>'
@@ -76,7 +142,7 @@ OUTPUT = (
 
 def message(pieces: Iterable[str], **options: bool) -> tuple[MessageParser, list[tuple[str, str]]]:
     parser = MessageParser(
-        ReasoningParser(REASONING_PARSERS["qwen3"], inside=False), TOOL_PARSERS["hermes"](Tools()), **options
+        REASONING_PARSERS["qwen3"].parser(inside=False), TOOL_PARSERS["hermes"](Tools()), **options
     )
     events = []
     for piece in pieces:
@@ -120,9 +186,7 @@ def test_one_call_and_no_reasoning_when_asked_so() -> None:
 def test_reasoning_is_counted_in_tokens() -> None:
     parser, _ = message(["<think>", "\n", "I", " think", " so", "</think>", "\n\n", "Yes"])
     assert parser.num_reasoning_tokens == 4
-    parser = MessageParser(
-        ReasoningParser(REASONING_PARSERS["qwen3"], inside=True), None, include_reasoning=False
-    )
+    parser = MessageParser(REASONING_PARSERS["qwen3"].parser(inside=True), None, include_reasoning=False)
     for piece in ["a", "", "b", "</think>", "c"]:
         parser.add(piece, 1)
     parser.finish()

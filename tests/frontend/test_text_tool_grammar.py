@@ -12,6 +12,7 @@ import llguidance
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from penstock.frontend.text.reasoning_formats import REASONING_PARSERS
 from penstock.frontend.text.tools import FALLBACK, TOOL_PARSERS, ToolParser, grammar
 from penstock.frontend.text.tools.events import Arguments, CallStart, Content, Tools, merged
 
@@ -27,7 +28,7 @@ WEATHER: dict[str, Any] = {
     "$defs": {"Place": {"type": "object", "properties": {"x": {"type": "boolean"}}, "required": ["x"]}},
 }
 SCHEMAS: dict[str, dict[str, Any] | None] = {"get_weather": WEATHER, "now": None}
-END = "<|end|>"
+END = "<|endoftext|>"
 
 
 def tokenizer_with(marks: tuple[str, ...]) -> Tokenizer:
@@ -49,7 +50,8 @@ def walk(tokenizer: Tokenizer, text: str, seed: int, limit: int = 600) -> str | 
     assert not matcher.is_error(), matcher.get_error()
     ids: list[int] = []
     # Printable text, marks and line breaks: what models write.
-    usual = {tokenizer.token_to_id(c) for c in 'abcxyz XYZ0123456789.,"{}[]<>/=:_'}
+    usual = {tokenizer.token_to_id(c) for c in 'abcsxyz XYZ0123456789.,"{}[]<>/=:_'}
+    usual.update(tokenizer.get_added_tokens_decoder())
     while len(ids) < limit:
         mask = matcher.compute_bitmask()
         allowed = [i for i in range(tokenizer.get_vocab_size()) if mask[i // 8] >> (i % 8) & 1]
@@ -222,6 +224,45 @@ def test_other_forms_may_have_reasoning_before_them() -> None:
                 ids = tokenizer.encode(before + answer).ids
                 fits = matcher.try_consume_tokens(ids) == len(ids) and matcher.is_accepting()
                 assert fits == (answer in good), (before, answer, matcher.get_error())
+
+
+def test_channels_stand_where_they_belong() -> None:
+    """Harmony: thoughts and remarks, then the answer in its channel, or a call; nothing without a header."""
+    parser, form = TOOL_PARSERS["harmony"], REASONING_PARSERS["harmony"]
+    tokenizer = tokenizer_with(parser.marks)
+    ll = llguidance.LLTokenizer(tokenizer.to_str(), eos_token=tokenizer.token_to_id(END))
+    added = {token.content: i for i, token in tokenizer.get_added_tokens_decoder().items()}
+    start, final = "<|start|>assistant", "<|channel|>final<|message|>"
+    thought = f"<|channel|>analysis<|message|>Hm, 1 < 2.<|end|>{start}"
+    remark = f"<|channel|>commentary<|message|>I look.<|end|>{start}"
+    call = "<|channel|>commentary to=functions.now <|constrain|>json<|message|>{}"
+    calls = call + f"<|end|>{start}" + call
+
+    def text(kind: str) -> str:
+        lark = grammar.Lark(added, parser.marks)
+        around = parser.form(lark)
+        assert around is not None
+        made = [parser.call(lark, "now", grammar.arguments_schema(None, strict=True))]
+        before, lead = form.thought(lark), form.lead(lark)
+        if kind == "forced":
+            return grammar.forced(lark, around, made, one=True, thought=before)
+        if kind == "form":
+            return lark.written(f"{before} {lead} {lark.json({'const': 5})}")
+        answer = {"const": 5} if kind == "call or form" else None
+        return grammar.optional(lark, around, made, one=False, thought=before, lead=lead, answer=answer)
+
+    for kind, good, bad in [
+        ("forced", [call], [final + "no", calls, "5", call.replace("now", "later")]),
+        ("form", [final + "5"], [call, final + "6", "5"]),
+        ("call or text", [call, calls, final + "any <text>", final], ["5", call.replace("now", "later")]),
+        ("call or form", [call, calls, final + "5"], [final + "6", "5", ""]),
+    ]:
+        for before in ("", thought, remark, thought + remark + thought):
+            for answer in (*good, *bad):
+                matcher = llguidance.LLMatcher(ll, text(kind))
+                ids = tokenizer.encode(before + answer).ids
+                fits = matcher.try_consume_tokens(ids) == len(ids) and matcher.is_accepting()
+                assert fits == (answer in good), (kind, before, answer, matcher.get_error())
 
 
 def test_patterns_and_spaces_are_the_engines() -> None:

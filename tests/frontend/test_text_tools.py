@@ -240,6 +240,56 @@ TRANSCRIPTS: list[tuple[str, str, str, list[Call]]] = [
         "Ok",
         [("now", {})],
     ),
+    (
+        "kimi_k2",
+        "One moment.<|tool_calls_section_begin|><|tool_call_begin|>functions.get_weather:0<|tool_call_argument_begin|>"
+        '{"city": "北京", "days": 2}<|tool_call_end|><|tool_call_begin|>functions.ns.add-up:1 <|tool_call_argument_begin|>'
+        ' {"a": 1}\n<|tool_call_end|><|tool_call_begin|>now<|tool_call_argument_begin|>{}<|tool_call_end|>'
+        "<|tool_calls_section_end|>",
+        "One moment.",
+        [("get_weather", {"city": "北京", "days": 2}), ("ns.add-up", {"a": 1}), ("now", {})],
+    ),
+    (
+        "minimax_m2",
+        'I look.\n<minimax:tool_call>\n<invoke name="get_weather">\n<parameter name="city">São "P" <b></parameter>\n'
+        '<parameter name="days">3</parameter>\n<parameter name="units">null</parameter>\n'
+        '<parameter name="tags">["a", "b"]</parameter>\n<parameter name="exact">true</parameter>\n</invoke>\n'
+        '<invoke name="now">\n</invoke>\n</minimax:tool_call>\nDone.',
+        "I look.Done.",
+        [
+            (
+                "get_weather",
+                {"city": 'São "P" <b>', "days": 3, "units": None, "tags": ["a", "b"], "exact": True},
+            ),
+            ("now", {}),
+        ],
+    ),
+    (
+        "openai",
+        '<|channel|>commentary to=functions.get_weather <|constrain|>json<|message|>{"city": "Oslo <|end|>"}<|call|>',
+        "",
+        [("get_weather", {"city": "Oslo <|end|>"})],
+    ),
+    (
+        "harmony",
+        "Steps:\n1. look<|start|>assistant to=functions.ns.add-up<|channel|>commentary json<|message|>\n{}<|end|>"
+        "<|start|>assistant<|channel|>commentary to=now<|constrain|>json<|message|>{}<|call|>",
+        "Steps:\n1. look",
+        [("ns.add-up", {}), ("now", {})],
+    ),
+    ("harmony", ' to=functions.now<|channel|>analysis code<|message|>{"a": 1}', "", [("now", {"a": 1})]),
+    (
+        "harmony",
+        "<|channel|>final<|message|>to=functions.now",
+        "<|channel|>final<|message|>to=functions.now",
+        [],
+    ),
+    (
+        "harmony",
+        "<|channel|>commentary to=python<|message|>1+1<|call|>",
+        "<|channel|>commentary to=python<|message|>1+1<|call|>",
+        [],
+    ),
 ]
 
 # Format, output, content, calls with the arguments' text: what could not be read, told as such.
@@ -279,6 +329,28 @@ BROKEN: list[tuple[str, str, str, list[tuple[str, str]]]] = [
     ("glm45", "<tool_call>{}</tool_call>", "<tool_call>{}</tool_call>", []),
     ("glm45", "<tool_call>now<arg_key>a</arg_key>b</tool_call>", "", [("now", "{b")]),
     ("granite", "<|tool_call|>[]", "<|tool_call|>[]", []),
+    ("kimi_k2", "<|tool_call_begin|>functions.now:0<|tool_call_end|>", "?", []),
+    (
+        "kimi_k2",
+        "<|tool_call_begin|>functions.now:0<|tool_call_argument_begin|>{a}<|tool_call_end|>x",
+        "x",
+        [("now", "{a}")],
+    ),
+    (
+        "minimax_m2",
+        '<minimax:tool_call><invoke name="get_weather"><parameter name="city">Par',
+        "",
+        [("get_weather", '{"city": "Par')],
+    ),
+    ("minimax_m2", "<minimax:tool_call>now</minimax:tool_call>", "?", []),
+    (
+        "openai",
+        "<|channel|>commentary to=functions.now <|constrain|>json<|message|>oops<|call|>",
+        "",
+        [("now", "oops")],
+    ),
+    ("openai", "<|channel|>commentary to=functions.now <|constr", "?", []),
+    ("openai", "<|channel|>commentary to=functions.now<|message|>", "", [("now", "")]),
     ("json", '[{"name": "now", "arguments": {"x": ', "", [("now", '{"x": ')]),
 ]
 
@@ -390,6 +462,14 @@ def test_memory_is_bounded() -> None:
 def test_marks_inside_arguments_stay_there() -> None:
     output = '<tool_call>{"name": "now", "arguments": {"a": "</tool_call><tool_call>"}}</tool_call>'
     assert outcome("hermes", output)[1] == [("now", '{"a": "</tool_call><tool_call>"}')]
+
+
+def test_kimi_ids_are_the_models_own() -> None:
+    call = "<|tool_call_begin|>functions.now:3<|tool_call_argument_begin|>{}<|tool_call_end|>"
+    events, _ = run("kimi_k2", [call + call])
+    first, second = (event.id for event in events if isinstance(event, CallStart))
+    assert first == "functions.now:3"
+    assert second not in ("", first)
 
 
 def test_mistral_ids_have_nine_letters_or_digits() -> None:

@@ -152,8 +152,9 @@ class ToolParser:
 
     # --------------------------------------------------------------------------------- calls
 
-    def begin(self, name: str) -> None:
-        """A call begins; what was kept of the text is not needed any more. Raises NotACall."""
+    def begin(self, name: str, call_id: str | None = None) -> None:
+        """A call begins; what was kept of the text is not needed any more. call_id: one that the model wrote.
+        Raises NotACall."""
         if not 0 < len(name) <= MAX_NAME or self.num_calls >= MAX_CALLS:
             raise NotACall
         self.reader.forget()
@@ -162,7 +163,7 @@ class ToolParser:
         self._space = ""
         self._after_call = False
         self._in_call = True
-        self._events.append(CallStart(self.num_calls, type(self).make_id(), name))
+        self._events.append(CallStart(self.num_calls, call_id or type(self).make_id(), name))
         self.num_calls += 1
 
     def argue(self, text: str) -> None:

@@ -157,11 +157,15 @@ def optional(
     *,
     one: bool,
     thought: str = "",
+    lead: str = "",
     answer: Schema | None = None,
 ) -> str:
-    """The grammar of an answer that may call. answer: what it must fit when it does not."""
+    """The grammar of an answer that may call. When it does not: lead is how it begins, answer what it must
+    fit."""
     if answer is not None:
-        rest = f"({sequence(lark, form, calls, one=one)} | {lark.json(answer)})"
+        rest = f"({sequence(lark, form, calls, one=one)} | {lead} {lark.json(answer)})"
+    elif lead:
+        rest = f"({sequence(lark, form, calls, one=one)} | {lead} {lark.terminal(_FREE)}?)"
     elif not form.lead:
         rest = f"({sequence(lark, form, calls, one=one)} | {lark.terminal(_NOT_JSON)}?)"
     elif lark.is_token(form.lead):

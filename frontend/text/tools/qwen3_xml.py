@@ -4,41 +4,48 @@ are bare text; the schema says what they mean.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from penstock.frontend.text.tools import hermes, typed
 from penstock.frontend.text.tools.base import MAX_HELD, MAX_NAME, NotACall
 from penstock.frontend.text.tools.grammar import Lark, Schema, properties_of
 from penstock.frontend.text.tools.json_text import JsonError, limited
 from penstock.frontend.text.tools.reader import Steps
 
-OPENING, CLOSING = hermes.OPENING, hermes.CLOSING
-FUNCTION, FUNCTION_END = "<function=", "</function>"
-PARAMETER, PARAMETER_END = "<parameter=", "</parameter>"
-
 
 class Qwen3Xml(hermes.Hermes):
+    """The tags are a subclass's to change: opening and closing stand around one function or several."""
+
+    opening: ClassVar[str] = hermes.OPENING
+    closing: ClassVar[str] = hermes.CLOSING
+    function: ClassVar[str] = "<function="
+    function_end: ClassVar[str] = "</function>"
+    parameter: ClassVar[str] = "<parameter="
+    parameter_end: ClassVar[str] = "</parameter>"
+
     @classmethod
     def call(cls, lark: Lark, name: str, schema: Schema) -> str:
-        parts = [lark.text(f"\n{FUNCTION}{name}>\n")]
+        parts = [lark.text(f"\n{cls.function}{name}>\n")]
         for key, part, required in properties_of(schema):
-            value = typed.grammar(lark, part, f"\n{PARAMETER_END}\n")
-            rule = lark.rule(f"{lark.text(f'{PARAMETER}{key}>' + chr(10))} {value}")
+            value = typed.grammar(lark, part, f"\n{cls.parameter_end}\n")
+            rule = lark.rule(f"{lark.text(f'{cls.parameter}{key}>' + chr(10))} {value}")
             parts.append(rule if required else rule + "?")
-        parts.append(lark.text(f"{FUNCTION_END}\n{CLOSING}"))
+        parts.append(lark.text(f"{cls.function_end}\n{cls.closing}"))
         return " ".join(parts)
 
     def parse(self) -> Steps[None]:
         reader = self.reader
-        while mark := (yield from reader.until((OPENING, FUNCTION), self.say)):
-            if mark == FUNCTION:  # the model left the outer mark out
-                yield from self._function(FUNCTION)
+        while mark := (yield from reader.until((self.opening, self.function), self.say)):
+            if mark == self.function:  # the model left the outer mark out
+                yield from self._function(self.function)
                 continue
             pieces: list[str] = []
             yield from reader.spaces(pieces.append)
-            lead = OPENING + "".join(pieces)[:MAX_NAME]
-            if (yield from reader.accept(FUNCTION)):
-                yield from self._function(lead + FUNCTION)
+            lead = self.opening + "".join(pieces)[:MAX_NAME]
+            if (yield from reader.accept(self.function)):
+                yield from self._function(lead + self.function)
             elif (yield from reader.peek()) == "{":
-                yield from self.json_calls(lead, (CLOSING,))
+                yield from self.json_calls(lead, (self.closing,))
                 yield from self._outer_end()
             else:
                 self.invalid = True
@@ -47,7 +54,7 @@ class Qwen3Xml(hermes.Hermes):
     def _outer_end(self) -> Steps[None]:
         if self._after_call:
             yield from self.reader.spaces()
-            yield from self.reader.accept(CLOSING)
+            yield from self.reader.accept(self.closing)
 
     def _function(self, lead: str) -> Steps[None]:
         reader = self.reader
@@ -62,15 +69,15 @@ class Qwen3Xml(hermes.Hermes):
         try:
             count = 0
             yield from reader.spaces()
-            while (yield from reader.accept(PARAMETER)):
+            while (yield from reader.accept(self.parameter)):
                 yield from self._parameter(name, count)
                 count += 1
                 yield from reader.spaces()
             self.argue("}")
-            if not (yield from reader.accept(FUNCTION_END)):
+            if not (yield from reader.accept(self.function_end)):
                 raise NotACall
         except (JsonError, NotACall):
-            yield from self.spoiled((CLOSING,))
+            yield from self.spoiled((self.closing,))
             return
         self.end()
         yield from self._outer_end()
@@ -87,12 +94,12 @@ class Qwen3Xml(hermes.Hermes):
         self.argue(f'{", " if count else ""}"{typed.quoted(key)}": ')
         if typed.is_text(schema):
             self.argue('"')
-            if not (yield from self.reader.until((PARAMETER_END,), typed.BareString(self.argue).feed)):
+            if not (yield from self.reader.until((self.parameter_end,), typed.BareString(self.argue).feed)):
                 raise NotACall
             self.argue('"')
             return
         pieces: list[str] = []
-        if not (yield from self.reader.until((PARAMETER_END,), limited(pieces, MAX_HELD))):
+        if not (yield from self.reader.until((self.parameter_end,), limited(pieces, MAX_HELD))):
             self.argue(typed.quoted("".join(pieces)))
             raise NotACall
         self.argue(typed.to_json("".join(pieces).removeprefix("\n").removesuffix("\n"), schema))
