@@ -10,6 +10,7 @@ from penstock.protos.errors import ApiError
 
 MAX_SCHEMA_BYTES = 1 << 20
 MAX_PATTERN_BYTES = 1 << 16
+MAX_PREAMBLE_BYTES = 1 << 16
 MAX_CHOICES = 10_000
 MAX_WHITESPACE_BYTES = 1024
 MAX_STARTS_AFTER = 64
@@ -28,18 +29,21 @@ def constraint_source(constraint: pb.Constraint) -> ConstraintSource:
     pattern = constraint.whitespace_pattern if constraint.HasField("whitespace_pattern") else None
     if pattern is not None and len(pattern.encode()) > MAX_WHITESPACE_BYTES:
         raise _too_large("whitespace_pattern", MAX_WHITESPACE_BYTES)
+    preamble = constraint.preamble
+    if len(preamble.encode()) > MAX_PREAMBLE_BYTES:
+        raise _too_large("preamble", MAX_PREAMBLE_BYTES)
     if kind is None or (kind == "json_object" and not constraint.json_object):
         raise ApiError("missing_required_parameter", "A constraint needs a kind.", "constraint")
     if kind == "json_object":
-        return ConstraintSource(kind, "", pattern)
+        return ConstraintSource(kind, "", pattern, preamble)
     if kind == "choice":
-        return ConstraintSource(kind, _choices(constraint.choice), pattern)
+        return ConstraintSource(kind, _choices(constraint.choice), pattern, preamble)
     text: str = getattr(constraint, kind)
     if not text:
         raise ApiError("invalid_value", "The constraint is empty.", f"constraint.{kind}")
     if len(text.encode()) > _LIMITS[kind]:
         raise _too_large(kind, _LIMITS[kind])
-    return ConstraintSource(kind, text, pattern)
+    return ConstraintSource(kind, text, pattern, preamble)
 
 
 def _choices(choice: pb.ChoiceList) -> str:

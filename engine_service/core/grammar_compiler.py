@@ -26,6 +26,10 @@ _MAX_ITEMS = 20_000
 _MAX_ITEMS_IN_ROW = 8_000
 _TRIED_TOKENS = 3
 _UNIMPLEMENTED = re.compile(r"Unimplemented keys: \[(.*?)\]")
+_ONE_OF = (
+    "The schema's 'oneOf' cannot be enforced where a value may fit several of its schemas: use 'anyOf', or "
+    "schemas that exclude each other (by type, or by a required property with a 'const' of its own)."
+)
 _EXCERPT = re.compile(r"\n\s*\d+ \|")  # the library shows the place in the source
 _TOO_COMPLEX = re.compile(r"too (big|large|many|complex|deeply)|limit|fuel|max is|TooComplex", re.IGNORECASE)
 
@@ -99,6 +103,8 @@ def as_grammar_error(text: str) -> GrammarError:
     if unimplemented is not None:
         names = unimplemented[1].replace('"', "'")
         return GrammarError(f"The schema's keywords cannot be enforced: {names}.")
+    if "coerce_one_of" in text:
+        return GrammarError(_ONE_OF)
     first = _EXCERPT.split(text.replace("<non-verbose/>", "").strip())[0]
     if first.startswith("NoExtension"):
         return GrammarError("The constraint matches no text at all.")

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 
 from penstock.engine_service.core.child import EXIT_OK, follow_parent
 from penstock.engine_service.core.grammar_compiler import GrammarCompiler
-from penstock.engine_service.core.grammar_source import GrammarError, grammar_of
+from penstock.engine_service.core.grammar_source import GrammarError, behind, grammar_of
 from penstock.engine_service.core.messages import ConstraintSource
 
 _NICE = 5
@@ -45,7 +45,11 @@ def serve(compiler: GrammarCompiler, questions: BinaryIO, answers: BinaryIO) -> 
 def answer(compiler: GrammarCompiler, source: ConstraintSource) -> dict[str, Any]:
     try:
         grammar = grammar_of(source)
+        # On its own first: behind a preamble, what is wrong with it would show in the midst of an answer.
         compiler.compile(grammar)
+        if source.preamble:
+            grammar = behind(source.preamble, grammar)
+            compiler.compile(grammar)
         return {"grammar": grammar}
     except GrammarError as error:
         return {"reason": error.reason, "message": error.message}

@@ -31,7 +31,7 @@ class GrammarError(RequestError):
 
 
 def grammar_of(source: ConstraintSource) -> str:
-    """The grammar of a constraint. Raises GrammarError."""
+    """The grammar of a constraint, without its preamble. Raises GrammarError."""
     match source.kind:
         case "json_schema":
             return _of_schema(source.text, source.whitespace_pattern)
@@ -48,6 +48,20 @@ def grammar_of(source: ConstraintSource) -> str:
 
             return lark_of_tag(_object(source.text))
     raise GrammarError(f"A constraint of kind '{source.kind[:40]}' is not known.")
+
+
+def behind(preamble: str, grammar: str) -> str:
+    """A grammar with something that stands before it. Each keeps its own names, so neither can reach into the
+    other."""
+    answer = {"lark_grammar": grammar}
+    if grammar.startswith("{"):
+        (answer,) = json.loads(grammar)["grammars"]
+    parts = [
+        {"lark_grammar": "start: @preamble @answer"},
+        {"name": "preamble", "lark_grammar": preamble},
+        {**answer, "name": "answer"},
+    ]
+    return json.dumps({"grammars": parts})
 
 
 def json_options(whitespace_pattern: str | None) -> dict[str, Any]:
@@ -74,7 +88,10 @@ def in_slashes(pattern: str) -> str:
 
 
 def _of_schema(text: str, whitespace_pattern: str | None) -> str:
+    from penstock.engine_service.core.schema_checks import check_schema
+
     schema = _object(text)
+    check_schema(schema)
     # Options a schema brings along could loosen what is enforced.
     schema.pop("x-guidance", None)
     return _library().grammar_from_json_schema(json.dumps(schema), overrides=json_options(whitespace_pattern))

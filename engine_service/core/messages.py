@@ -84,11 +84,13 @@ class Configure:
 class ConstraintSource:
     """What the output must follow, as the caller put it. kind: json_schema, json_object, regex, choice,
     grammar or structural_tag. text: the source; a JSON array for choice, nothing for json_object.
-    whitespace_pattern: between the parts of JSON; empty allows none."""
+    whitespace_pattern: between the parts of JSON; empty allows none. preamble: what stands before it, in
+    Lark."""
 
     kind: str
     text: str = ""
     whitespace_pattern: str | None = None
+    preamble: str = ""
 
 
 @dataclass(slots=True, frozen=True)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from penstock.engine_service.core.grammar_source import GrammarError, in_slashes, json_options, literal
+from penstock.engine_service.core.schema_checks import check_schema
 
 Node = dict[str, Any]
 _ANY_TEXT = r"/(?s:.*)/"
@@ -77,6 +78,7 @@ class _Writer:
             schema = {}
         if not isinstance(schema, dict):
             raise GrammarError("A structural tag's 'json_schema' must be an object.")
+        check_schema(schema)
         schema = {**schema, "x-guidance": json_options(None)}
         return self._rule(f"%json {json.dumps(schema)}") + _then(end)
 

@@ -92,16 +92,15 @@ class ReadingPlan:
             )
         made = asked
         answer = None if asked is None else _json_schema(asked.constraint)
-        if use is not None and parser is not None and (use.must_call or use.has_strict or answer is not None):
-            if asked is None or answer is not None:
-                param = use.param if asked is None else asked.param
-                made = Asked(engine_pb2.Constraint(grammar=self._grammar(use, parser, answer)), param)
-        elif asked is not None and self._thinks_first:
+        limits_calls = use is not None and (use.must_call or use.has_strict) and asked is None
+        if use is not None and parser is not None and (limits_calls or answer is not None):
+            param = use.param if asked is None else asked.param
+            made = Asked(engine_pb2.Constraint(grammar=self._grammar(use, parser, answer)), param)
+        elif asked is not None:
             lark = self._lark(None)
-            rule = _rule(lark, asked.constraint)
-            if rule is not None:
-                text = lark.written(f"{self._thought(lark)} {self._lead(lark)} {rule}")
-                made = Asked(engine_pb2.Constraint(grammar=text), asked.param)
+            before = f"{self._thought(lark)} {self._lead(lark)}".strip()
+            if before:
+                asked.constraint.preamble = lark.written(before)
         if made is not None and self._reasoning is not None and self._inside:
             del made.constraint.starts_after[:]
             made.constraint.starts_after.extend(self._ids(self._reasoning.answer_mark))
@@ -213,14 +212,3 @@ def _json_schema(constraint: engine_pb2.Constraint) -> Mapping[str, object] | No
     schema = {"type": "object"} if kind == "json_object" else orjson.loads(constraint.json_schema)
     spaces = constraint.whitespace_pattern if constraint.HasField("whitespace_pattern") else None
     return grammar.json_schema(schema, spaces)
-
-
-def _rule(lark: grammar.Lark, constraint: engine_pb2.Constraint) -> str | None:
-    """The constraint as a part of a grammar; None for what is a grammar of its own."""
-    schema = _json_schema(constraint)
-    if schema is not None:
-        return lark.json(schema)
-    kind = constraint.WhichOneof("kind")
-    if kind == "choice":
-        return lark.rule(" | ".join(map(lark.text, constraint.choice.values)))
-    return lark.regex(constraint.regex) if kind == "regex" else None

@@ -17,12 +17,16 @@ _DATA = frozenset({"const", "enum", "default", "examples", "required"})
 _BY_NAME = frozenset({"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"})
 # Keywords that cannot be enforced, with the value at which there is nothing to enforce.
 _NOTHING_SAID = {"uniqueItems": False, "unevaluatedItems": True, "unevaluatedProperties": True}
+# What the engine's grammars can compare with. Generators write the ends of int64 for "any".
+_LEAST_INTEGER = -(2**63) + 1024  # a float of 64 bits holds none between this and the end
+_NUMBER = 10**18
 # For readers, and often most of a schema.
 _NOTES = ("title", "description", "$comment")
 
 
 def said(schema: Mapping[str, Any]) -> Schema:
-    """The schema without keywords that have no effect: generators write `"uniqueItems": false`."""
+    """The schema without keywords that have no effect (generators write `"uniqueItems": false`), and with
+    bounds that are further out than can be enforced drawn in: what fits then fits the schema too."""
 
     def change(made: Schema) -> None:
         for key in _NOTES:
@@ -31,8 +35,26 @@ def said(schema: Mapping[str, Any]) -> Schema:
         for key, off in _NOTHING_SAID.items():
             if made.get(key) is off:
                 del made[key]
+        _draw_in(made)
 
     return _walked(schema, change)
+
+
+def _draw_in(made: Schema) -> None:
+    kind = made.get("type")
+    kinds = kind if isinstance(kind, list) else [kind]
+    is_whole = "integer" in kinds and "number" not in kinds
+    least = _LEAST_INTEGER if is_whole else -_NUMBER
+    for key in ("minimum", "exclusiveMinimum"):
+        if _is_number(made.get(key)) and made[key] < least:
+            made[key] = least
+    for key in ("maximum", "exclusiveMaximum"):
+        if not is_whole and _is_number(made.get(key)) and made[key] > _NUMBER:
+            made[key] = _NUMBER
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def closed(schema: Mapping[str, Any]) -> Schema:

@@ -12,6 +12,8 @@ from typing import Any
 import openai
 import pytest
 
+from penstock.protos import engine_pb2
+
 CHAT = "/v1/chat/completions"
 WEATHER = {
     "type": "function",
@@ -389,19 +391,29 @@ async def test_reasoning(serve: Any, fakes: Any) -> None:
     assert events[-1]["usage"]["completion_tokens_details"]["reasoning_tokens"] == thought
     (choice,) = (await served.post(CHAT, {**fields, "include_reasoning": False})).json()["choices"]
     assert set(choice["message"]) == {"role", "content", "refusal"}
-    # A form begins behind it. What is a grammar of its own is left alone.
+    # Whatever form an answer has begins behind it.
     opening = served.tokenizer.tokenizer.token_to_id("<think>")
-    for form, rule in (
-        ({"guided_choice": ["yes", "no"]}, '"yes" | "no"'),
-        ({"guided_regex": "a/b"}, "/a\\/b/"),
-        ({"response_format": {"type": "json_object"}, "guided_whitespace_pattern": "_"}, '"_"'),
+    for form, kind, value in (
+        ({"guided_choice": ["yes", "no"]}, "choice", engine_pb2.ChoiceList(values=["yes", "no"])),
+        ({"guided_regex": "a/b"}, "regex", "a/b"),
+        ({"response_format": {"type": "json_object"}, "guided_whitespace_pattern": "_"}, "json_object", True),
+        ({"guided_grammar": 'start: "a"'}, "grammar", 'start: "a"'),
+        (
+            {"structural_tag": {"format": {"type": "any_text"}}},
+            "structural_tag",
+            '{"format":{"type":"any_text"}}',
+        ),
     ):
         await served.post(CHAT, {**fields, **form})
-        text = served.engine.requests[-1].constraint.grammar
-        assert text.startswith(f"start: (<[{opening}]> ")
-        assert rule in text
-    await served.post(CHAT, {**fields, "guided_grammar": 'start: "a"'})
+        constraint = served.engine.requests[-1].constraint
+        assert getattr(constraint, kind) == value
+        assert constraint.preamble.startswith(f"start: (<[{opening}]> ")
+        assert not constraint.starts_after
+    # Tools that may be called change nothing about a form they cannot stand beside, strict or not.
+    strict = {"type": "function", "function": {**WEATHER["function"], "strict": True}}
+    await served.post(CHAT, {**fields, "tools": [strict], "guided_grammar": 'start: "a"'})
     assert served.engine.requests[-1].constraint.grammar == 'start: "a"'
+    assert served.engine.requests[-1].constraint.preamble
 
 
 @pytest.mark.row("A10.9")
@@ -437,7 +449,7 @@ async def test_channels_of_harmony(serve: Any, fakes: Any) -> None:
     assert choice["message"]["content"] == "5"
     ids = {mark: served.tokenizer.tokenizer.token_to_id(mark) for mark in marks}
     head = f'<[{ids["<|channel|>"]}]> "final" <[{ids["<|message|>"]}]>'
-    assert head in served.engine.requests[-1].constraint.grammar.splitlines()[0]
+    assert head in served.engine.requests[-1].constraint.preamble.splitlines()[0]
 
 
 async def test_a_prompt_that_ends_inside_the_reasoning(served: Any, fakes: Any) -> None:
@@ -451,7 +463,9 @@ async def test_a_prompt_that_ends_inside_the_reasoning(served: Any, fakes: Any) 
     ids = served.tokenizer.tokenizer.encode("</think>").ids
     assert list(constraint.starts_after) == ids
     await served.post(CHAT, {"messages": ASK["messages"], "guided_choice": ["a", "b"]})
-    assert list(served.engine.requests[-1].constraint.starts_after) == ids
+    constraint = served.engine.requests[-1].constraint
+    assert list(constraint.starts_after) == ids
+    assert constraint.preamble == "start: /\\s{0,8}/\n"
 
 
 async def test_reasoning_tokens_on_every_chunk(served: Any, fakes: Any) -> None:

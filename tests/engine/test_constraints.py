@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -184,7 +185,66 @@ def test_structural_formats(format: dict[str, Any], good: str, bad: str) -> None
         assert (matcher.try_consume_tokens(ids) == len(ids) and matcher.is_accepting()) == fits
 
 
+THOUGHT = """start: ("<think>" r0 /\\s{0,8}/)?
+r0[suffix="</think>"]: /(?s:.*)/
+"""
+
+
+@pytest.mark.parametrize(
+    ("asked", "good", "bad"),
+    [
+        (source("json_schema", {"type": "null"}), ["null"], ["nul", "[]"]),
+        (source("regex", r"\d{2}/[^\d/]\\d\.|" + "a\nb"), ["12/x\\d.", "a\nb"], ["1/x\\d.", "12/3\\d."]),
+        (source("choice", ["a", "</think>b\n"]), ["a", "</think>b\n"], ["b"]),
+        (source("grammar", 'start: r0 | "y"\nr0: /x+/'), ["xx", "y"], ["z", ""]),
+        (source("grammar", 'root ::= "preamble" [0-9]'), ["preamble4"], ["preamble"]),
+        (source("structural_tag", {"format": {"type": "const_string", "value": "v"}}), ["v"], ["w"]),
+    ],
+)
+def test_what_stands_before(asked: ConstraintSource, good: list[str], bad: list[str]) -> None:
+    """Whatever the kind and its own names, a thought may come first, and nothing else."""
+    said = answer(COMPILER, replace(asked, preamble=THOUGHT))
+    root = COMPILER.compile(said["grammar"])
+    for before in ("", "<think>Hm.</think>", "<think>\nHm, 1 < 2.\n</think>\n\n", "Hm.", "<think>Hm."):
+        for text in (*good, *bad):
+            matcher, ids = root.deep_copy(), COMPILER.tokenizer.tokenize_str(before + text)
+            fits = matcher.try_consume_tokens(ids) == len(ids) and matcher.is_accepting()
+            assert fits == (text in good and "Hm." not in before[-4:]), (before, text)
+
+
+def test_what_stands_before_hides_no_fault() -> None:
+    for asked, reason, word in REFUSED:
+        said = answer(COMPILER, replace(asked, preamble=THOUGHT))
+        assert said["reason"] == reason, said
+        assert word in said["message"]
+    said = answer(COMPILER, ConstraintSource("regex", "a", preamble="nonsense"))
+    assert said["reason"] == "invalid_grammar"
+
+
 REFUSED = [
+    (
+        source("json_schema", {"oneOf": [{"type": "integer"}, {"type": "number"}]}),
+        "invalid_grammar",
+        "'oneOf'",
+    ),
+    (source("json_schema", {"const": 2**64}), "invalid_grammar", "'const'"),
+    (source("json_schema", {"const": -(2**63)}), "invalid_grammar", "'const'"),
+    (source("json_schema", {"items": {"enum": [1, {"a": [2**53 + 1]}]}}), "invalid_grammar", "'enum'"),
+    (source("json_schema", {"properties": {"const": {"const": 1e300}}}), "invalid_grammar", "'const'"),
+    (source("json_schema", {"required": ["a"], "minProperties": 3}), "invalid_grammar", "'minProperties'"),
+    (
+        source(
+            "json_schema",
+            {"patternProperties": {"^a": {}}, "additionalProperties": False, "minProperties": 2},
+        ),
+        "invalid_grammar",
+        "'minProperties'",
+    ),
+    (
+        source("structural_tag", {"format": {"type": "json_schema", "json_schema": {"const": 2**64}}}),
+        "invalid_grammar",
+        "'const'",
+    ),
     (source("json_schema", {"not": {}}), "invalid_grammar", "'not'"),
     (source("json_schema", {"type": "array", "uniqueItems": True}), "invalid_grammar", "'uniqueItems'"),
     (source("json_schema", {"properties": {"a": {"contains": {}}}}), "invalid_grammar", "'contains'"),
@@ -219,6 +279,32 @@ def test_what_cannot_be_enforced_is_refused(asked: ConstraintSource, reason: str
     said = answer(COMPILER, asked)
     assert said["reason"] == reason, said
     assert word in said["message"]
+
+
+def test_our_words_for_one_of() -> None:
+    said = answer(COMPILER, source("json_schema", {"oneOf": [{}, {"type": "null"}]}))
+    assert "coerce" not in said["message"]
+    assert "'anyOf'" in said["message"]
+
+
+@pytest.mark.parametrize(
+    ("schema", "text"),
+    [
+        ({"const": 2**53}, str(2**53)),
+        ({"enum": [-5, 10**15 + 1]}, str(10**15 + 1)),
+        ({"properties": {"enum": {"type": "null"}}, "minProperties": 0, "required": ["enum"]},
+         "{\"enum\": null}"),
+        ({"required": ["a"], "minProperties": 2}, '{"a": 1, "b": 2}'),
+        ({"properties": {"a": {}, "b": {}}, "required": ["a", "b"], "additionalProperties": False,
+          "minProperties": 2}, '{"a": 1, "b": 2}'),
+        ({"default": 2**70, "examples": [2**70], "type": "null"}, "null"),
+    ],
+)  # fmt: skip
+def test_what_can_be_kept_is_not_refused(schema: dict[str, Any], text: str) -> None:
+    matcher = COMPILER.compile(answer(COMPILER, source("json_schema", schema))["grammar"]).deep_copy()
+    ids = COMPILER.tokenizer.tokenize_str(text)
+    assert matcher.try_consume_tokens(ids) == len(ids)
+    assert matcher.is_accepting()
 
 
 def test_ids_beyond_the_tokenizer_are_never_chosen() -> None:

@@ -29,6 +29,28 @@ def _object(inner: dict[str, Any]) -> dict[str, Any]:
     return {"type": "object", "properties": {name: copy.deepcopy(inner) for name in NAMES}}
 
 
+def test_bounds_beyond_what_can_be_enforced_are_drawn_in() -> None:
+    """Never outwards: what fits the new bounds fits the old ones."""
+    ends = {"type": "integer", "minimum": -(2**63), "maximum": 2**63 - 1}
+    assert said(ends) == {**ends, "minimum": -(2**63) + 1024}
+    assert (
+        said({"type": ["integer", "null"], "exclusiveMinimum": -1e300})["exclusiveMinimum"] == -(2**63) + 1024
+    )
+    far = {"type": "number", "minimum": -1e300, "exclusiveMaximum": 2**64}
+    assert said({"items": far})["items"] == {
+        "type": "number",
+        "minimum": -(10**18),
+        "exclusiveMaximum": 10**18,
+    }
+    for kept in (
+        {"type": "integer", "minimum": 2**63, "maximum": -(2**62)},
+        {"type": "number", "minimum": 1e300, "maximum": -1e300},
+        {"properties": {"minimum": {"minimum": -5, "maximum": True}}},
+        {"const": {"minimum": -1e300}},
+    ):
+        assert said(kept) == kept
+
+
 def test_objects_are_closed_whatever_their_properties_are_called() -> None:
     leaf = {"type": "object", "properties": {"a": {"const": {"type": "object"}}}}
     made = closed(_object(leaf))

@@ -17,7 +17,8 @@ ROOT = Path(__file__).parents[2]
 # Names, ids and opaque transport values; and the one place where the engine takes text.
 STRINGS_ALLOWED = {
     "request_id", "request_ids", "model", "salt", "tenant", "kind", "dtype", "key", "value",
-    "json_schema", "regex", "values", "grammar", "structural_tag", "whitespace_pattern", "name", "source",
+    "json_schema", "regex", "values", "grammar", "structural_tag", "whitespace_pattern", "preamble",
+    "name", "source",
 }  # fmt: skip
 
 

@@ -22,9 +22,6 @@ _FREE = "/(?s:.+)/"
 WHITESPACE = r"[ \t]?(\r?\n[ \t]{0,32})?"
 # White space that models set between their reasoning and the answer.
 AFTER_THOUGHT = r"/\s{0,8}/"
-# What a regular expression is in Lark: on one line, up to a slash; a digit is one of ten, as in the engine.
-_IN_LARK = {"/": "\\/", "\n": "\\n", "\\\n": "\\n", "\\d": "[0-9]", "\\D": "[^0-9]"}
-_PIECE = re.compile(r"\\.|.", re.DOTALL)
 # An answer that cannot be taken for calls where nothing marks them.
 _NOT_JSON = r"/[^\[{\s](?s:.*)/"
 
@@ -64,10 +61,6 @@ class Lark:
 
     def json(self, schema: Schema) -> str:
         return self.rule(f"%json {json.dumps(schema, ensure_ascii=False)}")
-
-    def regex(self, pattern: str) -> str:
-        """Exactly what the regular expression matches."""
-        return self.terminal(f"/{_PIECE.sub(lambda piece: _IN_LARK.get(piece[0], piece[0]), pattern)}/")
 
     def until(self, end: str) -> str:
         """Any text, possibly none, and the text that ends it."""
