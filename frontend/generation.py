@@ -113,9 +113,11 @@ async def submit(
 class _Choice:
     __slots__ = ("done", "feed", "pipeline")
 
-    def __init__(self, pipeline: TextPipeline) -> None:
+    def __init__(self, pipeline: TextPipeline, hidden: frozenset[int]) -> None:
+        """hidden: ids that have no text."""
         self.pipeline = pipeline
-        self.feed = pipeline.feed
+        feed = pipeline.feed
+        self.feed = (lambda token_id: "" if token_id in hidden else feed(token_id)) if hidden else feed
         self.done = False
 
 
@@ -154,15 +156,19 @@ class Generation:
         self._keep_token_ids = options.keep_token_ids
         self._on_text = None if options.keep_token_ids else on_text
         self.wants_logprobs = options.logprobs is not None
+        stop = request.stop
+        hidden = (
+            vocabulary.special_ids.intersection(stop.stop_token_ids) if options.hide_ends else frozenset()
+        )
         self._choices = [
             _Choice(
-                TextPipeline.of(vocabulary, self._prompt_ids, options, choice, request.stop.min_new_tokens)
+                TextPipeline.of(vocabulary, self._prompt_ids, options, choice, stop.min_new_tokens), hidden
             )
             for choice in range(request.n if request.HasField("n") else 1)
         ]
         self._num_running = len(self._choices)  # whose finish the listener has not got
         self._num_at_engine = len(self._choices)  # that the engine has not finished
-        self._hide_eos = options.skip_special_tokens
+        self._hide_eos = options.skip_special_tokens or options.hide_ends
 
     def start(self) -> None:
         """Picks an engine and queues the request there. Raises ApiError when there is none."""

@@ -62,7 +62,13 @@ async def _plan(
     refuse_constraint(request, plan.asked)
     reading = read.reading(plan.engine_requests[0].n)
     if reading is not None:
-        plan.options = replace(plan.options, sinks=tuple(reading.messages), shown_special=reading.shown)
+        plan.options = replace(
+            plan.options,
+            sinks=tuple(reading.messages),
+            shown_special=reading.shown,
+            # What ends a turn is no content beside a call.
+            hide_ends=use is not None and not plan.options.include_stop,
+        )
         plan.on_chosen = reading.choose
     return plan, reading
 

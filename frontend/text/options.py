@@ -20,7 +20,7 @@ class TextOptions:
     stop: strings that end a choice; include_stop keeps the one found. logprobs: alternatives wanted per
     token, None: no log-probabilities. keep_token_ids: fill `Delta.token_ids`. sinks: one per choice, shown
     its text before the listener is. shown_special: special tokens that are shown although the others are
-    skipped.
+    skipped. hide_ends: special tokens that end a choice are never shown.
     """
 
     skip_special_tokens: bool = True
@@ -31,3 +31,4 @@ class TextOptions:
     keep_token_ids: bool = False
     sinks: tuple[TextSink, ...] = ()
     shown_special: tuple[str, ...] = ()
+    hide_ends: bool = False

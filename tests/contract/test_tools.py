@@ -362,6 +362,27 @@ async def test_marks_that_are_special_tokens_are_read(
     assert choice["message"]["content"] == "plain"
 
 
+@pytest.mark.parametrize("by_eos", [True, False], ids=["eos", "stop-id"])
+async def test_the_end_of_a_turn_is_no_content_beside_a_call(served: Any, fakes: Any, by_eos: bool) -> None:
+    """Even where special tokens are shown: those inside an answer are, what ends it is not."""
+    end = served.tokenizer.tokenizer.token_to_id("<|im_end|>")
+    fields = {**ASK, "skip_special_tokens": False, "stop_token_ids": [end]}
+    for text, content, called in ((CALL, None, 1), ("a<|im_start|>b", "a<|im_start|>b", 0)):
+        options: dict[str, Any] = {"stop_token_id": end, "by_eos": by_eos}
+        says(served, fakes, text + "<|im_end|>", **options)
+        (choice,) = (await served.post(CHAT, fields)).json()["choices"]
+        assert choice["message"]["content"] == content
+        assert len(choice["message"].get("tool_calls", ())) == called
+        streamed, calls, _ = calls_of(await chunks(served, fields))
+        assert (streamed, len(calls)) == (content or "", called)
+    kept = {**fields, "include_stop_str_in_output": True}
+    (choice,) = (await served.post(CHAT, kept)).json()["choices"]
+    assert choice["message"]["content"] == "a<|im_start|>b<|im_end|>"
+    plain = {"messages": ASK["messages"], "skip_special_tokens": False, "stop_token_ids": [end]}
+    (choice,) = (await served.post(CHAT, plain)).json()["choices"]
+    assert choice["message"]["content"] == "a<|im_start|>b<|im_end|>"
+
+
 # ------------------------------------------------------------------------------------- reasoning
 
 
