@@ -21,13 +21,15 @@ os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "false")
 if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-# The suite judges a change, not the luck of a draw: generated cases are the same in every run; others are
-# sought with `--hypothesis-profile search`. An image without hypothesis runs the other tests.
+# The suite judges a change, not the luck of a draw nor the load of a machine: generated cases are the same in
+# every run, however long one takes; others are sought with `--hypothesis-profile search`. An image without
+# hypothesis runs the other tests.
 if importlib.util.find_spec("hypothesis"):
-    from hypothesis import settings
+    from hypothesis import HealthCheck, settings
 
-    settings.register_profile("repeat", derandomize=True)
-    settings.register_profile("search", print_blob=True)
+    slow: Any = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+    settings.register_profile("repeat", derandomize=True, **slow)
+    settings.register_profile("search", print_blob=True, **slow)
     settings.load_profile("repeat")
 
 

@@ -119,7 +119,7 @@ def test_negative_ids_cannot_be_packed() -> None:
         pack([-1])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.integers(1, 12),
     st.lists(st.tuples(st.sampled_from("arspf"), st.integers(0, 30), st.integers(0, 5)), max_size=80),

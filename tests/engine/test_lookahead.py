@@ -80,7 +80,7 @@ def check_answers(harness: Harness, requests: list[AddRequest], blocks: int, par
             assert finish.usage.accepted_tokens <= finish.usage.drafted_tokens
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     workloads(),
     st.integers(9, 30),
@@ -125,7 +125,7 @@ def check_budget(plan: StepPlan, budget: int, slots: int) -> None:
     assert plan.num_tokens <= budget
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(workloads(), st.integers(9, 30), st.integers(1, 5), st.booleans(), st.data())
 def test_failing_steps_cost_nobody_else_anything(
     requests: list[AddRequest], blocks: int, slots: int, drafts: bool, data: st.DataObject

@@ -110,7 +110,7 @@ def test_logits_are_left_alone() -> None:
 ids = st.integers(0, VOCAB - 1)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     prompt=st.lists(st.integers(0, 20), min_size=1, max_size=12),
     output=st.lists(st.integers(0, 20), max_size=12),

@@ -27,7 +27,7 @@ def expected(prompt: list[int], output: list[int], include_prompt: bool) -> dict
     return {token: occurrences[token] for token in listed if 0 <= token < VOCAB}
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     prompt=tokens,
     output=tokens,

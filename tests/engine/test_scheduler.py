@@ -19,7 +19,7 @@ from penstock.engine_service.core.messages import (
 from penstock.engine_service.core.plan import StepPlan
 from penstock.engine_service.core.scheduler import Scheduler
 
-FAST = settings(max_examples=80, deadline=None)
+FAST = settings(max_examples=80)
 
 # Few ids and shared beginnings, so that prefixes are hit often.
 _PROMPTS = st.builds(

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from fake_runner import VOCAB, fake_ready
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from in_process import Harness
 
@@ -288,7 +288,7 @@ def served(made: pb.GenerateRequest, number: int = 1) -> AddRequest | None:
     return None
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=300)
 @given(st.lists(_REQUESTS, min_size=1, max_size=4))
 def test_random_requests_are_refused_by_the_table_or_served(made: list[pb.GenerateRequest]) -> None:
     harness = Harness(num_blocks=32, max_model_len=100)
@@ -308,7 +308,7 @@ def test_random_requests_are_refused_by_the_table_or_served(made: list[pb.Genera
     assert harness.loop.counters.finished + len(failures) == accepted
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.binary(max_size=200))
 def test_random_bytes_are_refused_by_the_table_or_served(data: bytes) -> None:
     made = base()

@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
@@ -220,7 +220,6 @@ def test_a_character_begun_by_the_prompt_is_finished_whole(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(MAKERS))
-@settings(suppress_health_check=[HealthCheck.too_slow], deadline=None)
 @given(data=st.data())
 def test_random_ids_against_decoding_at_once(name: str, data: st.DataObject) -> None:
     vocabulary = vocabulary_of(name)
@@ -239,7 +238,6 @@ def test_random_ids_against_decoding_at_once(name: str, data: st.DataObject) -> 
 
 
 @pytest.mark.parametrize("name", ["byte_level", "llama", "gemma"])
-@settings(deadline=None)
 @given(prompt=st.text(max_size=12), output=st.text(max_size=12))
 def test_random_texts_against_decoding_at_once(name: str, prompt: str, output: str) -> None:
     vocabulary = vocabulary_of(name)
@@ -248,7 +246,6 @@ def test_random_texts_against_decoding_at_once(name: str, prompt: str, output: s
     assert "".join(parts) == at_once(vocabulary, first, second)
 
 
-@settings(deadline=None)
 @given(data=st.binary(max_size=24))
 def test_random_bytes_of_a_byte_level_tokenizer(data: bytes) -> None:
     vocabulary = vocabulary_of("byte_level")

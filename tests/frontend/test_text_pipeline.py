@@ -27,7 +27,7 @@ def run(pipeline: TextPipeline, ids: list[int]) -> str:
     return out + pipeline.flush()
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(
     text=st.text(alphabet="ab 日👩\n", max_size=20),
     stop=st.text(alphabet="ab 日👩\n", min_size=1, max_size=4),

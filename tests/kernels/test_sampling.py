@@ -223,7 +223,7 @@ some_weights = st.lists(
 )
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(
     values=some_weights,
     best=st.integers(0, 299),

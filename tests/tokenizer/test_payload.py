@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from penstock.protos.errors import KINDS
@@ -214,7 +214,7 @@ TEMPLATE = (
 )
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=200)
 @given(
     messages=(JSON | MESSAGES).map(lambda v: json.dumps(v).encode()) | st.binary(max_size=40),
     tools=JSON.map(lambda v: json.dumps(v).encode()) | st.binary(max_size=10),
