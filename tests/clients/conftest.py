@@ -79,8 +79,9 @@ def run_against(server: Spawned, program: str, *words: str, timeout_s: float = 1
         "NO_COLOR": "1",
         **environ,
     }
+    folder = CLIENTS if CLIENTS.is_dir() else None
     done = subprocess.run(
-        [*command, *words], capture_output=True, text=True, timeout=timeout_s, env=environ, cwd=CLIENTS
+        [*command, *words], capture_output=True, text=True, timeout=timeout_s, env=environ, cwd=folder
     )
     if done.returncode:
         pytest.fail(f"{program} ended with {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
