@@ -72,7 +72,7 @@ async def _start(config: EngineConfig) -> int:
 
 
 async def _serve(config: EngineConfig, service: EngineService) -> int:
-    from penstock.protos.serving import on_shutdown_signal
+    from penstock.protos.signals import on_shutdown_signal
 
     stop = asyncio.Event()
     on_shutdown_signal(stop.set)

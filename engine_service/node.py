@@ -11,7 +11,7 @@ from penstock.engine_service.config import EngineConfig
 from penstock.engine_service.core_process import core_environment
 from penstock.engine_service.rank_command import follower_command, places_of_node
 from penstock.protos.child_process import ChildProcess
-from penstock.protos.serving import on_shutdown_signal
+from penstock.protos.signals import on_shutdown_signal
 
 log = logging.getLogger("penstock.engine.node")
 

@@ -22,11 +22,10 @@ from penstock.frontend.sse import StreamLimits
 from penstock.frontend.text.parsers import ParserNames
 from penstock.protos import log as logs
 from penstock.protos import loop, serving
-from penstock.protos.serving import on_shutdown_signal
+from penstock.protos.signals import on_shutdown_signal
 
 log = logging.getLogger("penstock.frontend")
 
-EXIT_OK, EXIT_RUNTIME, EXIT_CONFIG = 0, 1, 2
 # How long a worker that replaces a dead one waits for its services before it takes connections.
 REPLACEMENT_S = 5.0
 
@@ -46,12 +45,8 @@ async def _serve(config: FrontendConfig, worker: workers.Worker | None = None) -
     try:
         frontend = Frontend(config, worker)
         await frontend.start()
-    except ValueError as error:
-        log.error("%s", error)
-        return EXIT_CONFIG
-    except OSError as error:
-        log.error("cannot start: %s", error.strerror or error)
-        return EXIT_RUNTIME
+    except (ValueError, OSError) as error:
+        return workers.cannot_start(error)
     signalled = asyncio.Event()
     on_shutdown_signal(signalled.set)
     if worker is not None:
@@ -62,7 +57,7 @@ async def _serve(config: FrontendConfig, worker: workers.Worker | None = None) -
     await signalled.wait()
     log.info("draining, for at most %.0f s", config.drain_seconds)
     await frontend.stop(config.drain_seconds)
-    return EXIT_OK
+    return workers.EXIT_OK
 
 
 class Frontend:

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 
 from penstock.frontend.config import FrontendConfig
 from penstock.frontend.http_server import listeners_of, unix_path, url_of
-from penstock.protos.serving import SAME_SIGNAL_S
+from penstock.protos.signals import SAME_SIGNAL_S
 
 log = logging.getLogger("penstock.frontend.workers")
 
@@ -80,12 +80,8 @@ def run(config: FrontendConfig, work: Callable[[Worker], int]) -> int:
     after a signal. Must be called before anything has started a thread."""
     try:
         places = [_Place(listeners) for listeners in bind(config.addresses, config.workers)]
-    except ValueError as error:
-        log.error("%s", error)
-        return EXIT_CONFIG
-    except OSError as error:
-        log.error("cannot start: %s", error.strerror or error)
-        return EXIT_RUNTIME
+    except (ValueError, OSError) as error:
+        return cannot_start(error)
     folder = tempfile.mkdtemp(prefix="penstock-workers-", dir="/tmp")  # a socket's path must be short
     paths = {path for place in places for listener in place.listeners if (path := unix_path(listener))}
     try:
@@ -97,6 +93,15 @@ def run(config: FrontendConfig, work: Callable[[Worker], int]) -> int:
         for path in paths:
             with contextlib.suppress(OSError):
                 os.unlink(path)
+
+
+def cannot_start(error: ValueError | OSError) -> int:
+    """Says why a frontend cannot start; the exit code. ValueError: what it was told is at fault."""
+    if isinstance(error, ValueError):
+        log.error("%s", error)
+        return EXIT_CONFIG
+    log.error("cannot start: %s", error.strerror or error)
+    return EXIT_RUNTIME
 
 
 def bind(addresses: Sequence[str], count: int) -> list[list[socket.socket]]:

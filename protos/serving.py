@@ -8,7 +8,6 @@ import inspect
 import logging
 import os
 import resource
-import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
 
@@ -22,7 +21,6 @@ log = logging.getLogger("penstock.serving")
 
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 MAX_METADATA_BYTES = 16 * 1024
-SAME_SIGNAL_S = 0.5
 
 # gRPC's newer event engine hands each event from thread to thread before it comes to the event loop: a
 # message there and one back cost 130 us of CPU on both sides with it and 85 without, and take half the time.
@@ -210,24 +208,3 @@ def raise_file_limit() -> None:
     if soft != hard:
         with contextlib.suppress(OSError, ValueError):  # macOS has a limit of its own below "unlimited"
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
-
-def on_shutdown_signal(callback: Callable[[], None]) -> None:
-    """The first SIGTERM or SIGINT calls back; a second one exits at once with 1.
-
-    Some senders signal a process and then its group: what comes within SAME_SIGNAL_S is the same signal.
-    """
-    loop = asyncio.get_running_loop()
-    first: float | None = None
-
-    def handle() -> None:
-        nonlocal first
-        now = loop.time()
-        if first is None:
-            first = now
-            callback()
-        elif now - first > SAME_SIGNAL_S:
-            os._exit(1)
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, handle)

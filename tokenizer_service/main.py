@@ -12,8 +12,9 @@ from prometheus_client import start_http_server
 from penstock.protos import log as service_log
 from penstock.protos import loop, memory, tokenizer_pb2, tokenizer_pb2_grpc
 from penstock.protos.errors import ApiError
-from penstock.protos.serving import GrpcService, on_shutdown_signal
+from penstock.protos.serving import GrpcService
 from penstock.protos.settings import ConfigError
+from penstock.protos.signals import on_shutdown_signal
 from penstock.tokenizer_service import chat_template, tokenizer_files
 from penstock.tokenizer_service.chat import ChatRenderer
 from penstock.tokenizer_service.chat_template import ChatTemplates

@@ -18,7 +18,8 @@ import uvloop
 
 from penstock.local import lifeline
 from penstock.protos import common_pb2, engine_pb2, engine_pb2_grpc, tokenizer_pb2, tokenizer_pb2_grpc
-from penstock.protos.serving import GrpcService, on_shutdown_signal
+from penstock.protos.serving import GrpcService
+from penstock.protos.signals import on_shutdown_signal
 
 MODEL = "bench-stub"
 # A stamp counts ticks of the monotonic clock, modulo what five digits hold: two seconds at 20 us.

@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 
 from penstock.local.child import Child
+from penstock.protos.signals import SAME_SIGNAL_S
 
 log = logging.getLogger("penstock.serve")
 
@@ -26,8 +27,6 @@ DEATH_WINDOW_S = 300.0
 # Beyond a child's own drain limit, before it is killed.
 STOP_MARGIN_S = 5.0
 STOP_LOADING_S = 3.0
-# `timeout`, make and the like pass one signal on twice, to the process and to its group: that is one request.
-SAME_SIGNAL_S = 0.5
 
 
 @dataclass(slots=True)

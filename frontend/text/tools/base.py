@@ -180,6 +180,26 @@ class ToolParser:
         self._after_call = True
         self.invalid |= cut
 
+    def up_to(self, mark: str, limit: int = MAX_NAME) -> Steps[str]:
+        """The text before a mark, which is read too. Raises NotACall where the text ends before, JsonError
+        beyond `limit` characters."""
+        pieces: list[str] = []
+        if not (yield from self.reader.until((mark,), limited(pieces, limit))):
+            raise NotACall
+        return "".join(pieces)
+
+    def bare_object(self, closing: tuple[str, ...]) -> Steps[bool]:
+        """The arguments of the call that has begun, one JSON value, and its end. Whether that went well; else
+        it has read to one of the closing marks."""
+        try:
+            yield from value(self.reader, self.argue)
+        except JsonError:
+            yield from self.spoiled(closing)
+            return False
+        self.end()
+        yield from self.reader.spaces()
+        return True
+
     def not_a_call(self, lead: str = "", *, invalid: bool = True) -> None:
         """The lead, and what was read since `reader.keep`, is content. invalid: it was marked as a call."""
         self.invalid |= invalid
@@ -253,10 +273,16 @@ class ToolParser:
         self.end()
 
     def json_calls(self, lead: str, closing: tuple[str, ...] = (), *, known: bool = False) -> Steps[None]:
-        """Calls as JSON objects: one, several with commas, semicolons or nothing between, or a list.
+        """Calls as JSON objects; see `calls`. closing: see `json_call`."""
+        yield from self.calls(lead, lambda: self.json_call(closing, known=known), "{".__eq__, known=known)
 
-        lead: the mark before them, which is content again if there is no call. closing, known: see
-        `json_call`."""
+    def calls(
+        self, lead: str, call: Callable[[], Steps[None]], begins: Callable[[str], bool], *, known: bool
+    ) -> Steps[None]:
+        """One call, several with commas, semicolons or nothing between, or a list.
+
+        lead: the mark before them, which is content again if there is no call. call: reads one, and may raise
+        JsonError and NotACall. begins: whether the character begins one. known: see `json_call`."""
         reader = self.reader
         first = self.num_calls
         reader.keep()
@@ -268,12 +294,11 @@ class ToolParser:
                 if self.num_calls > first:
                     reader.keep()
                     lead = ""
-                    if not listed and (yield from reader.peek()) != "{":
+                    if not begins((yield from reader.peek())):
+                        if listed:
+                            yield from reader.accept("]")
                         return
-                    if listed and (yield from reader.peek()) != "{":
-                        yield from reader.accept("]")
-                        return
-                yield from self.json_call(closing, known=known)
+                yield from call()
                 yield from reader.spaces()
                 if not (yield from reader.accept(",")):
                     yield from reader.accept(";")

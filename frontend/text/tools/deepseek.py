@@ -4,9 +4,9 @@ name and arguments stand bare between the marks.
 
 from __future__ import annotations
 
-from penstock.frontend.text.tools.base import MAX_NAME, NotACall, ToolParser
+from penstock.frontend.text.tools.base import NotACall, ToolParser
 from penstock.frontend.text.tools.grammar import Around, CallForm, Lark, Schema
-from penstock.frontend.text.tools.json_text import JsonError, limited, value
+from penstock.frontend.text.tools.json_text import JsonError
 from penstock.frontend.text.tools.reader import Steps
 
 CALLS_BEGIN, CALLS_END = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
@@ -36,10 +36,10 @@ class DeepSeek(ToolParser):
         reader = self.reader
         reader.keep()
         try:
-            name = (yield from self._until(SEPARATOR)).strip()
+            name = (yield from self.up_to(SEPARATOR)).strip()
             fenced = False
             if name == "function" and (yield from reader.peek()) != "{":
-                name = (yield from self._until("\n")).strip()
+                name = (yield from self.up_to("\n")).strip()
                 yield from reader.spaces()
                 fenced = (yield from reader.accept(_FENCE)) and (yield from reader.accept("json"))
             yield from reader.spaces()
@@ -49,23 +49,12 @@ class DeepSeek(ToolParser):
         except (JsonError, NotACall):
             self.not_a_call(CALL_BEGIN)
             return
-        try:
-            yield from value(reader, self.argue)
-        except JsonError:
-            yield from self.spoiled((CALL_END,))
+        if not (yield from self.bare_object((CALL_END,))):
             return
-        self.end()
-        yield from reader.spaces()
         if fenced:
             yield from reader.accept(_FENCE)
             yield from reader.spaces()
         yield from reader.accept(CALL_END)
-
-    def _until(self, mark: str) -> Steps[str]:
-        pieces: list[str] = []
-        if not (yield from self.reader.until((mark,), limited(pieces, MAX_NAME))):
-            raise NotACall
-        return "".join(pieces)
 
 
 class DeepSeekV31(DeepSeek):

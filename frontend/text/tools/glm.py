@@ -69,10 +69,7 @@ class Glm(ToolParser):
 
     def _argument(self, function: str, count: int) -> Steps[None]:
         reader = self.reader
-        pieces: list[str] = []
-        if not (yield from reader.until((KEY_END,), limited(pieces, MAX_NAME))):
-            raise NotACall
-        key = "".join(pieces).strip()
+        key = (yield from self.up_to(KEY_END)).strip()
         yield from reader.spaces()
         if not (yield from reader.accept(VALUE)):
             raise NotACall
@@ -84,7 +81,7 @@ class Glm(ToolParser):
                 raise NotACall
             self.argue('"')
             return
-        pieces = []
+        pieces: list[str] = []
         if not (yield from reader.until((VALUE_END,), limited(pieces, MAX_HELD))):
             self.argue(typed.quoted("".join(pieces)))
             raise NotACall

@@ -10,7 +10,7 @@ import re
 
 from penstock.frontend.text.tools.base import MAX_NAME, NotACall, ToolParser
 from penstock.frontend.text.tools.grammar import Around, CallForm, Lark, Schema
-from penstock.frontend.text.tools.json_text import JsonError, limited, value
+from penstock.frontend.text.tools.json_text import JsonError, limited
 from penstock.frontend.text.tools.reader import Steps
 
 START, END, MESSAGE, CHANNEL = "<|start|>", "<|end|>", "<|message|>", "<|channel|>"
@@ -65,19 +65,13 @@ class Harmony(ToolParser):
         except (JsonError, NotACall):
             self.not_a_call(lead, invalid=f"to={NAMESPACE}" in "".join(pieces))
             return
-        try:
-            yield from reader.spaces()
-            if (yield from reader.peek()) != "{":
-                raise JsonError
-            yield from value(reader, self.argue)
-        except JsonError:
-            yield from self.spoiled(ENDS)
-            return
-        self.end()
         yield from reader.spaces()
-        for mark in ENDS:
-            if (yield from reader.accept(mark)):
-                return
+        if (yield from reader.peek()) != "{":
+            yield from self.spoiled(ENDS)
+        elif (yield from self.bare_object(ENDS)):
+            for mark in ENDS:
+                if (yield from reader.accept(mark)):
+                    return
 
     def _function(self, header: str) -> str:
         """Raises NotACall for a message to nobody, or to a tool that is not the caller's."""

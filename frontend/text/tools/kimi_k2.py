@@ -5,10 +5,10 @@ result in the next turn, so callers get it as it is.
 
 from __future__ import annotations
 
-from penstock.frontend.text.tools.base import MAX_NAME, NotACall, ToolParser
+from penstock.frontend.text.tools.base import NotACall, ToolParser
 from penstock.frontend.text.tools.events import Tools
 from penstock.frontend.text.tools.grammar import Around, CallForm, Lark, Schema
-from penstock.frontend.text.tools.json_text import JsonError, limited, value
+from penstock.frontend.text.tools.json_text import JsonError
 from penstock.frontend.text.tools.reader import Steps
 
 SECTION_BEGIN, SECTION_END = "<|tool_calls_section_begin|>", "<|tool_calls_section_end|>"
@@ -42,11 +42,8 @@ class KimiK2(ToolParser):
     def _call(self) -> Steps[None]:
         reader = self.reader
         reader.keep()
-        pieces: list[str] = []
         try:
-            if not (yield from reader.until((ARGUMENTS,), limited(pieces, MAX_NAME))):
-                raise NotACall
-            call_id = "".join(pieces).strip()
+            call_id = (yield from self.up_to(ARGUMENTS)).strip()
             yield from reader.spaces()
             if (yield from reader.peek()) != "{":
                 raise NotACall
@@ -56,14 +53,8 @@ class KimiK2(ToolParser):
         except (JsonError, NotACall):
             self.not_a_call(CALL_BEGIN)
             return
-        try:
-            yield from value(reader, self.argue)
-        except JsonError:
-            yield from self.spoiled((CALL_END,))
-            return
-        self.end()
-        yield from reader.spaces()
-        yield from reader.accept(CALL_END)
+        if (yield from self.bare_object((CALL_END,))):
+            yield from reader.accept(CALL_END)
 
 
 def _name(call_id: str) -> str:

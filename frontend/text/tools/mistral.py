@@ -9,7 +9,6 @@ import re
 from penstock.frontend.text.tools.base import MAX_NAME, NotACall, ToolParser
 from penstock.frontend.text.tools.events import short_id
 from penstock.frontend.text.tools.grammar import Around, CallForm, Lark, Schema, object_call
-from penstock.frontend.text.tools.json_text import JsonError, value
 from penstock.frontend.text.tools.reader import Steps
 
 MARK, ARGS, CALL_ID = "[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"
@@ -56,9 +55,4 @@ class Mistral(ToolParser):
         except NotACall:
             self.not_a_call(MARK)
             return
-        try:
-            yield from value(reader, self.argue)
-        except JsonError:
-            yield from self.spoiled(())
-        else:
-            self.end()
+        yield from self.bare_object(())

@@ -15,6 +15,10 @@ MARK, MARK_END = "<|python_start|>", "<|python_end|>"
 _NAME = re.compile(r"[\w.]*")
 
 
+def _begins(char: str) -> bool:
+    return char.isalpha() or char == "_"
+
+
 class Pythonic(ToolParser):
     marks = (MARK, MARK_END)
 
@@ -29,26 +33,7 @@ class Pythonic(ToolParser):
             yield from reader.accept(MARK_END)
 
     def _list(self, lead: str, known: bool) -> Steps[None]:
-        reader = self.reader
-        first = self.num_calls
-        reader.keep()
-        try:
-            yield from reader.spaces()
-            listed = yield from reader.accept("[")
-            while True:
-                yield from reader.spaces()
-                if self.num_calls > first:
-                    reader.keep()
-                    lead = ""
-                    if not listed or (yield from reader.accept("]")):
-                        return
-                yield from self._call(known)
-                yield from reader.spaces()
-                yield from reader.accept(",")
-        except (JsonError, NotACall):
-            self.not_a_call(lead, invalid=not known or self.num_calls > first)
-        finally:
-            reader.forget()
+        yield from self.calls(lead, lambda: self._call(known), _begins, known=known)
 
     def _call(self, known: bool) -> Steps[None]:
         reader = self.reader
@@ -86,7 +71,7 @@ class Pythonic(ToolParser):
         begin alike (True, none_of), but only a string, a number or a bracket can follow without a key."""
         reader = self.reader
         first = yield from reader.peek()
-        if not (first.isalpha() or first == "_"):
+        if not _begins(first):
             if positional is None:
                 raise JsonError
             return positional

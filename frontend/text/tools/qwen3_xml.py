@@ -83,10 +83,7 @@ class Qwen3Xml(hermes.Hermes):
         yield from self._outer_end()
 
     def _name(self) -> Steps[str]:
-        pieces: list[str] = []
-        if not (yield from self.reader.until((">",), limited(pieces, MAX_NAME))):
-            raise NotACall
-        return "".join(pieces).strip().strip("\"'")
+        return (yield from self.up_to(">")).strip().strip("\"'")
 
     def _parameter(self, function: str, count: int) -> Steps[None]:
         key = yield from self._name()
