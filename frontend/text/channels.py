@@ -10,7 +10,7 @@ from penstock.frontend.text.tools.harmony import CHANNEL, ENDS, MAX_HEADER, MESS
 from penstock.frontend.text.tools.json_text import JsonError, limited
 from penstock.frontend.text.tools.reader import Out, Reader, Steps
 
-ANALYSIS, COMMENTARY, FINAL = f"{CHANNEL}analysis", f"{CHANNEL}commentary", f"{CHANNEL}final"
+ANALYSIS, FINAL = f"{CHANNEL}analysis", f"{CHANNEL}final"
 _BODY_ENDS = (*ENDS, START)
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from penstock.frontend.text.channels import ANALYSIS, COMMENTARY, FINAL, ChannelParser
+from penstock.frontend.text.channels import ANALYSIS, FINAL, ChannelParser
 from penstock.frontend.text.reasoning import ReasoningParser
 from penstock.frontend.text.tools import grammar, harmony
 
@@ -60,8 +60,8 @@ class HarmonyFormat(ReasoningFormat):
         return ChannelParser(inside=inside, may_open=may_open)
 
     def thought(self, lark: grammar.Lark) -> str:
-        kinds = " | ".join(lark.text(channel + harmony.MESSAGE) for channel in (ANALYSIS, COMMENTARY))
-        return f"(({kinds}) {lark.until(harmony.NEXT)})*"
+        # No remarks: they are content, and an answer of a given form is to be that alone.
+        return f"({lark.text(self.opening)} {lark.until(harmony.NEXT)})*"
 
     def lead(self, lark: grammar.Lark) -> str:
         return lark.text(self.answer_mark)
