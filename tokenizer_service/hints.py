@@ -13,6 +13,7 @@ _TOOL_PARSERS: tuple[tuple[tuple[str, ...], str], ...] = (
     (("<tool_call>", "<arg_key>"), "glm45"),
     (("<minimax:tool_call>",), "minimax_m2"),
     (("<|tool_call_argument_begin|>",), "kimi_k2"),
+    (("<|im_system|>tool_declare",), "kimi_k2"),
     (("<｜tool▁call▁begin｜>", "```json"), "deepseek_v3"),
     (("<｜tool▁call▁begin｜>",), "deepseek_v31"),
     (("<|channel|>", "commentary"), "openai"),

@@ -27,12 +27,17 @@ class ReasoningParser:
     """feed(text) -> (reasoning, content), flush() -> (reasoning, content). The opening tag counts only at the
     start: an answer may speak of it."""
 
-    __slots__ = ("_closing", "_held", "_may_open", "_opening", "_state")
+    __slots__ = ("_closing", "_first", "_held", "_interrupt", "_may_open", "_opening", "_state")
 
-    def __init__(self, opening: str, closing: str, *, inside: bool, may_open: bool = True) -> None:
-        """inside: the output begins inside the reasoning. may_open: it may begin with the opening tag."""
+    def __init__(
+        self, opening: str, closing: str, interrupt: str = "", *, inside: bool, may_open: bool = True
+    ) -> None:
+        """interrupt: a mark of the answer that ends the reasoning where the closing tag was left out. inside:
+        the output begins inside the reasoning. may_open: it may begin with the opening tag."""
         self._opening = opening
         self._closing = closing
+        self._interrupt = interrupt
+        self._first = frozenset((closing[0], *interrupt[:1]))
         self._held = ""
         self._may_open = may_open
         self._state = _State.ENTERED if inside else _State.START if may_open else _State.OUTSIDE
@@ -49,7 +54,7 @@ class ReasoningParser:
     def feed(self, text: str) -> tuple[str, str]:
         if self._state is _State.OUTSIDE:
             return "", text
-        plain = self._state is _State.INSIDE and not self._held and self._closing[0] not in text
+        plain = self._state is _State.INSIDE and not self._held and self._first.isdisjoint(text)
         if plain and not text[-1:].isspace():
             return text, ""
         text, self._held = self._held + text, ""
@@ -86,12 +91,20 @@ class ReasoningParser:
 
     def _reason(self, text: str) -> tuple[str, str]:
         """(reasoning, what comes after the closing tag)."""
-        closing = self._closing
+        closing, interrupt = self._closing, self._interrupt
         at = text.find(closing)
+        if interrupt:
+            answer = text.find(interrupt, 0, at if at >= 0 else len(text))
+            if answer >= 0:
+                self._state = _State.OUTSIDE
+                return text[:answer].rstrip(), text[answer:]
         if at >= 0:
             self._state = _State.LEFT
             return text[:at].rstrip(), text[at + len(closing) :]
-        end = len(text) - held_back(text, closing)
+        hold = held_back(text, closing)
+        if interrupt:
+            hold = max(hold, held_back(text, interrupt))
+        end = len(text) - hold
         shown = text[:end].rstrip()
         end = max(len(shown), end - _MAX_SPACE)
         self._held = text[end:]

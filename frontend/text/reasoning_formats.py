@@ -8,17 +8,18 @@ from dataclasses import dataclass
 
 from penstock.frontend.text.channels import ANALYSIS, FINAL, ChannelParser
 from penstock.frontend.text.reasoning import ReasoningParser
-from penstock.frontend.text.tools import grammar, harmony
+from penstock.frontend.text.tools import grammar, harmony, kimi_k2
 
 
 @dataclass(frozen=True, slots=True)
 class ReasoningFormat:
     """A pair of tags. implied: the output begins inside the reasoning even where neither prompt nor model
-    wrote the tag."""
+    wrote the tag. interrupt: a mark that ends the reasoning too, "" for none."""
 
     opening: str
     closing: str
     implied: bool = False
+    interrupt: str = ""
 
     @property
     def marks(self) -> tuple[str, ...]:
@@ -32,7 +33,7 @@ class ReasoningFormat:
 
     def parser(self, *, inside: bool, may_open: bool = True) -> ReasoningParser | ChannelParser:
         """inside: the output begins inside the reasoning. may_open: it may begin with the opening tag."""
-        return ReasoningParser(self.opening, self.closing, inside=inside, may_open=may_open)
+        return ReasoningParser(self.opening, self.closing, self.interrupt, inside=inside, may_open=may_open)
 
     def thought(self, lark: grammar.Lark) -> str:
         """What may come before an answer or a call."""
@@ -75,7 +76,7 @@ REASONING_PARSERS: dict[str, ReasoningFormat] = {
     "qwen3": _THINK,
     "think": _THINK,
     "glm45": _THINK,
-    "kimi_k2": _THINK,
+    "kimi_k2": ReasoningFormat("<think>", "</think>", interrupt=kimi_k2.SECTION_BEGIN),
     "minimax_m2": _THINK,
     "mistral": ReasoningFormat("[THINK]", "[/THINK]"),
     "seed_oss": ReasoningFormat("<seed:think>", "</seed:think>"),

@@ -65,6 +65,22 @@ def test_formats() -> None:
     assert [name for name, form in REASONING_PARSERS.items() if form.implied] == ["deepseek_r1"]
 
 
+@pytest.mark.parametrize(
+    ("text", "thought", "answer"),
+    [
+        ("<think>Hm, <|tool \n<|tool_calls_section_begin|>x", "Hm, <|tool", "<|tool_calls_section_begin|>x"),
+        ("<think>a</think>b<|tool_calls_section_begin|>c", "a", "b<|tool_calls_section_begin|>c"),
+        ("<think>a<|tool_calls_section_begin|></think>", "a", "<|tool_calls_section_begin|></think>"),
+        ("<think>a <|tool_calls_section", "a <|tool_calls_section", ""),
+    ],
+)
+def test_a_call_ends_the_reasoning_of_kimi(text: str, thought: str, answer: str) -> None:
+    """It leaves the closing tag out at times; the mark is a token that no text has by chance."""
+    assert run(text, "kimi_k2") == (thought, answer)
+    for at in range(len(text) + 1):
+        assert run([text[:at], text[at:]], "kimi_k2") == (thought, answer)
+
+
 def test_an_answer_that_is_continued_does_not_open() -> None:
     assert run("<think>a</think>", may_open=False) == ("", "<think>a</think>")
 

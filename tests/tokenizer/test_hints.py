@@ -27,6 +27,7 @@ from penstock.tokenizer_service.chat_template import ChatTemplates, read_hints
         ("</think> enable_thinking <tool_call>", "hermes", "qwen3"),
         ("<|channel|>commentary analysis", "openai", "openai_gptoss"),
         ("<|tool_call_argument_begin|>", "kimi_k2", ""),
+        ("<|im_system|>tool_declare<|im_middle|>", "kimi_k2", ""),
         ("<|tool_call_argument_begin|> <think>", "kimi_k2", "kimi_k2"),
         ("<minimax:tool_call> <think>", "minimax_m2", "minimax_m2"),
         ("nothing", "", ""),
