@@ -22,6 +22,7 @@ from penstock.tokenizer_service.sandbox import TemplateRefusal, make_environment
 # template trims contents: the trick is the one transformers uses.
 _END_MARK = "\ue000END OF THE FINAL MESSAGE\ue001 "
 _NULL_TEST = re.compile(r"content['\"\]]* +is +(not +)?none", re.IGNORECASE)
+_EITHER = "both content and thinking"  # from what gpt-oss' template says when it refuses
 _ADDRESS = re.compile(r"0x[0-9a-fA-F]{6,}")
 
 _ENVIRONMENT = make_environment()
@@ -115,6 +116,7 @@ def facts_of(source: str) -> TemplateFacts:
         knows_developer="developer" in source,
         knows_tool_calls="tool_calls" in source,
         tests_for_null=_NULL_TEST.search(source) is not None,
+        takes_thought_or_text=_EITHER in source,
     )
 
 

@@ -18,13 +18,15 @@ _REASONING = ("reasoning_content", "thinking", "reasoning")
 class TemplateFacts:
     """What the text of a template says about the messages it wants.
 
-    content_format: "string" or "openai". variables: names it reads from outside."""
+    content_format: "string" or "openai". variables: names it reads from outside. takes_thought_or_text: it
+    refuses a message that has reasoning, text and calls."""
 
     content_format: str
     variables: frozenset[str]
     knows_developer: bool
     knows_tool_calls: bool
     tests_for_null: bool
+    takes_thought_or_text: bool = False
 
 
 def convert(
@@ -66,6 +68,9 @@ def _message(message: dict[str, Any], facts: TemplateFacts, content_format: str,
     reasoning = next((message[key] for key in _REASONING if message.get(key) is not None), None)
     if reasoning is not None:
         new = {"thinking": reasoning, **new, "reasoning_content": reasoning}
+        if calls and facts.takes_thought_or_text:
+            # Such a message came out of this model: what it said beside the call is the lesser loss.
+            new.pop("content", None)
     return new
 
 

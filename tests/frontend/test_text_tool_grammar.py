@@ -234,8 +234,8 @@ def test_channels_stand_where_they_belong() -> None:
     for kind, good, bad in [
         ("forced", [call], [final + "no", calls, "5", call.replace("now", "later")]),
         ("form", [final + "5"], [call, final + "6", "5"]),
-        ("call or text", [call, calls, final + "any <text>", final], ["5", call.replace("now", "later")]),
-        ("call or form", [call, calls, final + "5"], [final + "6", "5", ""]),
+        ("call or text", [call, final + "any <text>", final], ["5", calls, call.replace("now", "later")]),
+        ("call or form", [call, final + "5"], [final + "6", "5", "", calls]),
     ]:
         for before in ("", thought, thought + thought, remark, thought + remark):
             for answer in (*good, *bad):

@@ -324,6 +324,19 @@ def test_what_a_message_may_lack_or_carry_on_top() -> None:
     assert convert(messages[:1], testing, "string")[0]["content"] is None
 
 
+def test_an_answer_with_reasoning_text_and_a_call_can_come_back() -> None:
+    """gpt-oss' template refuses all three in one message, which is what its model's answer may be."""
+    source = (
+        "{% for m in messages %}{% if m.content and m.thinking and m.tool_calls %}"
+        "{{ raise_exception('Cannot pass both content and thinking!') }}{% endif %}"
+        "{{ m.thinking }}|{{ m.content }};{% endfor %}"
+    )
+    message = {"role": "assistant", "content": "I look.", "reasoning": "Hm."}
+    talk = Conversation([{**message, "tool_calls": [CALL]}, message])
+    assert CompiledTemplate(source).render(talk, "string", 100).text == "Hm.|;Hm.|I look.;"
+    assert not facts_of("{{ messages[0].content }}").takes_thought_or_text
+
+
 @pytest.mark.parametrize(
     "test", ["message['content'] is none", 'message["content"] is not none', "message.content is None"]
 )

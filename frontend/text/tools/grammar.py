@@ -84,10 +84,12 @@ class Around:
 
 @dataclass(frozen=True, slots=True)
 class CallForm:
-    """How a format writes calls. lead: the mark that begins them, "" where nothing does."""
+    """How a format writes calls. lead: the mark that begins them, "" where nothing does. single: an answer
+    has one at most."""
 
     around: Around
     lead: str = ""
+    single: bool = False
 
 
 def arguments_schema(parameters: Schema | None, strict: bool) -> Schema:
@@ -133,7 +135,7 @@ def sequence(lark: Lark, form: CallForm, calls: list[str], *, one: bool, led: bo
     """One or more of the calls with what stands around them. led: the lead is written already."""
     call = calls[0] if len(calls) == 1 else lark.rule(" | ".join(calls))
     before = form.around.before[len(form.lead) if led else 0 :]
-    more = "" if one else f"({lark.text(form.around.between)} {lark.rule(call)})*"
+    more = "" if one or form.single else f"({lark.text(form.around.between)} {lark.rule(call)})*"
     parts = [lark.text(before), call, more, lark.text(form.around.after)]
     return " ".join(part for part in parts if part)
 

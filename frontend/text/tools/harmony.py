@@ -35,7 +35,8 @@ class Harmony(ToolParser):
 
     @classmethod
     def form(cls, lark: Lark) -> CallForm | None:
-        return CallForm(Around(_TO, NEXT + _TO, ""), CHANNEL)
+        # The model ends with its call, and the template knows of one in a message.
+        return CallForm(Around(_TO, "", ""), CHANNEL, single=True)
 
     @classmethod
     def call(cls, lark: Lark, name: str, schema: Schema) -> str:
