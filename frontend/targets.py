@@ -89,10 +89,13 @@ class AddressBook:
                     log.warning("cannot resolve %s: %s", target, error)
                 self._failing.add(target)
         after = self._addresses()
-        for address in after - before:
-            self._added(address)
-        for address in before - after:
-            self._removed(address)
+        for address in after:
+            if address not in before:
+                self._added(address)
+        for address in before:
+            if address not in after:
+                self._removed(address)
 
-    def _addresses(self) -> set[str]:
-        return {address for addresses in self._known.values() for address in addresses}
+    def _addresses(self) -> dict[str, None]:
+        """In the order of the targets, which is that of the models, and decides who keeps a name."""
+        return {address: None for addresses in self._known.values() for address in addresses}

@@ -659,6 +659,12 @@ class TestTargets:
         with pytest.raises(ValueError):
             AddressBook([target], print, print, 1.0)
 
+    async def test_addresses_come_in_the_order_of_the_targets(self) -> None:
+        targets = [f"unix:/engine-{number}" for number in (5, 2, 8, 1, 9, 4, 7, 3, 6, 0)]
+        added: list[str] = []
+        await AddressBook(targets, added.append, print, 1.0).refresh()
+        assert added == targets
+
     async def test_replicas_come_and_go(self, monkeypatch: pytest.MonkeyPatch) -> None:
         answers: list[Any] = [["a", "b"], OSError("down"), ["b", "c"]]
 
