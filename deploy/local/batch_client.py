@@ -23,9 +23,11 @@ CONNECT_TIMEOUT_S = 10.0
 
 @dataclass(slots=True)
 class Tally:
-    """outcomes: number of requests by status, 0: no answer. tokens: prompt and completion."""
+    """outcomes: number of requests by status, 0: no answer. tokens: prompt and completion. reached: there was
+    a connection to the server."""
 
     outcomes: Counter[int] = field(default_factory=Counter)
+    reached: bool = False
     prompt_tokens: int = 0
     completion_tokens: int = 0
 
@@ -46,7 +48,8 @@ async def run_all(
 ) -> Tally:
     """Every request that has no result yet, `concurrency` at a time, each written as it comes.
 
-    url: the server's, without /v1. Raises BatchError when a result cannot be written."""
+    url: the server's, without /v1. Raises BatchError when a result cannot be written, and when there is no
+    server at all, before any request has a result; one that goes away later is waited for."""
     tally = Tally()
     items = (item for item in read_items(source) if item.custom_id not in results.done)
     bar = tqdm(total=total, initial=len(results.done), desc="requests", unit="", dynamic_ncols=True)
@@ -62,6 +65,8 @@ async def run_all(
         ):
             for _ in range(min(concurrency, total)):
                 group.create_task(_work(client, items, results, tally, bar))
+    except* httpx.TransportError as errors:
+        raise BatchError(f"no server at {url}: {errors.exceptions[0]}") from errors
     except* OSError as errors:
         raise BatchError(f"cannot write the results: {errors.exceptions[0]}") from errors
     finally:
@@ -73,23 +78,31 @@ async def _work(
     client: httpx.AsyncClient, items: Iterator[Item], results: Results, tally: Tally, bar: tqdm[Any]
 ) -> None:
     for item in items:
-        status, request_id, body, error = await _ask(client, item)
+        status, request_id, body, error = await _ask(client, item, tally)
         results.add(item, status, request_id, body, error)
         tally.add(status, body)
         bar.update()
 
 
-async def _ask(client: httpx.AsyncClient, item: Item) -> tuple[int, str, Any, dict[str, str] | None]:
-    """(status, request id, body, error) of one request; status 0 when no answer came."""
+async def _ask(
+    client: httpx.AsyncClient, item: Item, tally: Tally
+) -> tuple[int, str, Any, dict[str, str] | None]:
+    """(status, request id, body, error) of one request; status 0 when no answer came. Raises TransportError
+    when the first thing that is heard of the server is that it cannot be reached."""
     wait = _FIRST_WAIT_S
     for attempt in range(_MAX_RETRIES + 1):
         try:
             answer = await client.post(item.path, content=item.body)
         except httpx.HTTPError as error:
+            if not isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
+                tally.reached = True
+            elif not tally.reached:
+                raise
             if attempt == _MAX_RETRIES:
                 message = str(error) or type(error).__name__
                 return 0, "", None, {"code": "no_answer", "message": message}
         else:
+            tally.reached = True
             if answer.status_code not in _RETRIED or attempt == _MAX_RETRIES:
                 return answer.status_code, answer.headers.get("x-request-id", ""), _body(answer), None
             wait = _retry_after(answer) or wait

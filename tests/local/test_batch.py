@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from penstock.local import batch, batch_client
@@ -155,17 +157,41 @@ def test_a_server_that_is_full_is_asked_again_and_errors_are_kept(
     assert len(server.requests) == 4
 
 
-def test_a_server_that_is_away_is_an_error_of_each_request(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_server_that_goes_away_is_an_error_of_each_request(
+    scripted_server: Callable[..., Any],
+    http_response: Callable[..., bytes],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(batch_client, "_MAX_RETRIES", 1)
     monkeypatch.setattr(batch_client, "_FIRST_WAIT_S", 0.0)
-    source = _write(tmp_path / "in", _line("a"))
-    words = ["batch", "-i", str(source), "-o", str(tmp_path / "out"), "--url", "http://127.0.0.1:9"]
-    assert main(words) == 1
-    found = _results(tmp_path / "out")["a"]
-    assert found["response"] is None
-    assert found["error"]["code"] == "no_answer"
+    post = httpx.AsyncClient.post
+
+    async def until_c(client: httpx.AsyncClient, url: str, content: bytes) -> httpx.Response:
+        if json.loads(content)["prompt"] == "c":
+            raise httpx.ConnectError("away")
+        return await post(client, url, content=content)
+
+    monkeypatch.setattr(httpx.AsyncClient, "post", until_c)
+    server = scripted_server(lambda method, path, body: [http_response(200, b"{}")])
+    source = _write(tmp_path / "in", *[_line(name, prompt=name) for name in "abc"])
+    words = ["batch", "-i", str(source), "-o", str(tmp_path / "out"), "--url", server.url]
+    assert main([*words, "--concurrency", "1"]) == 1
+    found = _results(tmp_path / "out")
+    assert sorted(found) == ["a", "b", "c"]
+    assert found["c"]["response"] is None
+    assert found["c"]["error"] == {"code": "no_answer", "message": "away"}
+
+
+def test_without_a_server_nothing_is_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = _write(tmp_path / "in", _line("a"), _line("b"))
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # and does not listen
+        url = f"http://127.0.0.1:{taken.getsockname()[1]}"
+        words = ["batch", "-i", str(source), "-o", str(tmp_path / "out"), "--url", url]
+        assert main(words) == 1
+    assert f"no server at {url}" in capsys.readouterr().err
+    assert (tmp_path / "out").read_text() == ""
 
 
 def test_the_bundled_model_runs_a_file(tmp_path: Path) -> None:
