@@ -82,7 +82,7 @@ def _sampling(params: SamplingParams, encode_word: Callable[[str], list[list[int
         top_p=float(params.top_p),
         top_k=max(0, params.top_k),
         min_p=float(params.min_p),
-        seed=params.seed,
+        seed=None if params.seed == -1 else params.seed,
         presence_penalty=float(params.presence_penalty),
         frequency_penalty=float(params.frequency_penalty),
         repetition_penalty=float(params.repetition_penalty),

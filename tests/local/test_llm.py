@@ -128,6 +128,12 @@ def test_the_same_seed_in_any_company(llm: LLM) -> None:
     ] * 11
 
 
+def test_the_seed_of_minus_one_is_none(llm: LLM) -> None:
+    params = SamplingParams(temperature=1.0, seed=-1, max_tokens=20)
+    answers = [_generate(llm, "hello", params)[0].outputs[0].token_ids for _ in range(3)]
+    assert answers[0] != answers[1] != answers[2]
+
+
 def test_choices_differ_and_are_numbered(llm: LLM) -> None:
     [output] = _generate(llm, "hello", SamplingParams(n=3, temperature=1.0, seed=5, max_tokens=12))
     assert [choice.index for choice in output.outputs] == [0, 1, 2]
