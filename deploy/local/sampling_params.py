@@ -6,7 +6,7 @@ Knows no engine; the translation to the core's own form is in `offline.py`.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,6 +19,15 @@ MAX_STOP_STRINGS = 16
 MAX_BIASES = 1024
 MAX_BAD_WORDS = 128
 _INT64 = 2**63
+_SWITCHES = (
+    "ignore_eos",
+    "detokenize",
+    "skip_special_tokens",
+    "spaces_between_special_tokens",
+    "include_stop_str_in_output",
+    "use_beam_search",
+)
+_LISTS = ("stop_token_ids", "bad_words", "allowed_token_ids", "guided_choice")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,7 +36,8 @@ class SamplingParams:
     that is not served: logits_processors, and with beam search what changes probabilities.
 
     temperature: [0, 2], 0 is greedy. top_p: (0, 1]. top_k: -1 or 0 for all. min_p: [0, 1]. penalties:
-    presence and frequency [-2, 2], repetition (0, 2]. seed: the same seed gives the same tokens in any batch.
+    presence and frequency [-2, 2], repetition (0, 2]. seed: the same seed gives the same tokens in any batch;
+    -1 is none.
     max_tokens: per choice, None to the end of the context. min_tokens: bans end-of-sequence and stop tokens
     until reached. logprobs, prompt_logprobs: alternatives per token, 0..20. truncate_prompt_tokens: keeps
     the last so many. best_of: so many candidates, of which the n of the highest mean log-probability come
@@ -80,6 +90,7 @@ class SamplingParams:
     def __post_init__(self) -> None:
         if self.logits_processors:
             raise ValueError("logits_processors: not supported by this version")
+        self._check_kinds()
         _whole("n", self.n, 1, MAX_N)
         if self.best_of is not None:
             _whole("best_of", self.best_of, self.n, MAX_BEAMS if self.use_beam_search else MAX_N)
@@ -116,6 +127,20 @@ class SamplingParams:
     def num_candidates(self) -> int:
         return max(self.n, self.best_of or 1)
 
+    def _check_kinds(self) -> None:
+        for name in _SWITCHES:
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}: must be true or false")
+        if not isinstance(self.guided_json_object, bool | None):
+            raise ValueError("guided_json_object: must be true or false")
+        for name in _LISTS:
+            if getattr(self, name) is not None and not _is_list(getattr(self, name)):
+                raise ValueError(f"{name}: must be a list")
+        if not (self.stop is None or isinstance(self.stop, str) or _is_list(self.stop)):
+            raise ValueError("stop: must be a string or a list of strings")
+        if not isinstance(self.logit_bias, Mapping | None):
+            raise ValueError("logit_bias: must be a mapping of token ids to numbers")
+
     def _check_beams(self) -> None:
         if self.early_stopping not in (True, False, "never"):
             raise ValueError("early_stopping: true, false or 'never'")
@@ -141,7 +166,7 @@ class SamplingParams:
         if stops and not self.detokenize:
             raise ValueError("stop: stop strings need detokenize")
         words = self.bad_words or ()
-        if isinstance(words, str) or any(not isinstance(word, str) or not word for word in words):
+        if any(not isinstance(word, str) or not word for word in words):
             raise ValueError("bad_words: a list of strings of at least one character")
         if len(words) > MAX_BAD_WORDS:
             raise ValueError(f"bad_words: at most {MAX_BAD_WORDS} strings")
@@ -166,6 +191,10 @@ class SamplingParams:
 
 def _is_whole(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_list(value: object) -> bool:
+    return isinstance(value, Collection) and not isinstance(value, str | bytes | Mapping)
 
 
 def _whole(name: str, value: object, low: int, high: int) -> None:
