@@ -27,7 +27,7 @@ from penstock.engine_service.models.registry import build_model
 from penstock.engine_service.models.weights import DummyWeights
 from penstock.kernels import dispatch
 from penstock.kernels.native.library import library
-from penstock.kernels.native.program import NotRecordable, Program
+from penstock.kernels.native.program import NotRecordable, Program, Rows
 from penstock.local import bench_shape
 
 BLOCK_SIZE = 16
@@ -88,8 +88,8 @@ class StepModel:
     @torch.inference_mode()
     def linears(self, rows: int, head_rows: int) -> None:
         """A step's linears alone, in one call where a step's ops are."""
-        if self._program is not None and rows == head_rows <= self._program.capacity:
-            self._program.run(rows)
+        if self._program is not None and rows == head_rows <= MOST_ROWS:
+            self._program.run(Rows(rows, rows, rows))
             return
         for place, (linear, columns) in enumerate(self.made, 1):
             count = head_rows if place == len(self.made) else rows
@@ -97,7 +97,7 @@ class StepModel:
 
     def _record_linears(self) -> Program | None:
         try:
-            program = Program(MOST_ROWS, self.dtype)
+            program = Program(Rows(MOST_ROWS, MOST_ROWS, MOST_ROWS), self.dtype)
             for linear, columns in self.made:
                 program.linear(linear, program.buffer("input", columns).fill_(1), "output")
         except NotRecordable:

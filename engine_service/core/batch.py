@@ -29,14 +29,17 @@ class StepTensors:
 
 @dataclass(slots=True)
 class StepBuffers:
-    """Inputs of a step of up to C sequences with a token each, in buffers that stay: int64, contiguous."""
+    """Inputs of a step of up to T tokens of S sequences of which R are sampled, in buffers that stay: int64,
+    contiguous. A sequence's samples are its last tokens."""
 
-    token_ids: Tensor  # [C, 1]
-    positions: Tensor  # [C, 1]
-    slots: Tensor  # [C, 1]
-    query_lens: Tensor  # [C, 1], ones
-    seq_lens: Tensor  # [C, 1]
-    block_tables: Tensor  # [C, max_blocks]
+    token_ids: Tensor  # [T, 1]
+    positions: Tensor  # [T, 1]
+    slots: Tensor  # [T, 1]
+    query_lens: Tensor  # [S, 1]
+    seq_lens: Tensor  # [S, 1]
+    block_tables: Tensor  # [S, max_blocks]
+    samples: Tensor  # [R, 1], their places among the tokens
+    sample_lens: Tensor  # [S, 1], how many of a sequence
 
 
 def copy_first(step: StepTensors, kv_caches: list[Tensor]) -> None:

@@ -72,10 +72,11 @@ class Runner:
         result = StepResult(np.zeros((len(plan), 1), np.int32), np.zeros(len(plan), np.int32))
         if not len(plan):
             return result
-        replayed = self._replay.logits(plan)
+        replayed = self._replay.run(plan)
         if replayed is not None:
-            rows = SampleRows(plan.sequences, plan.slots, plan.epochs)
-            accept(plan, rows, self._sampler.sample(replayed[0], rows, replayed[1]), result)
+            rows, logits, best = replayed
+            if rows.sequences:
+                accept(plan, rows, self._sampler.sample(logits, rows, best), result)
             return result
         step = self._batches.build(plan)
         copy_first(step, self._kv_cache)

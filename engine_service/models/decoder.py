@@ -72,7 +72,7 @@ class Decoder:
         return self._head(self.normed(hidden))
 
     def record(self, program: Program, inputs: StepBuffers, kv_caches: list[Tensor]) -> Tensor:
-        """Writes down what `forward` and `logits` do with a token a sequence; the buffer of the logits.
+        """Writes down what `forward` and `logits` do, for the sampled tokens alone; the buffer of the logits.
         Raises NotRecordable for one rank's part of a model, and for linears that are not the library's."""
         if not self._alone:
             raise NotRecordable("several ranks hold the model")
@@ -85,7 +85,11 @@ class Decoder:
         for i, layer in enumerate(self._layers):
             if i > 0:
                 x = program.rms_norm(x, layer.input_norm, self._eps, residual)
-            x = layer.attention.record(program, x, inputs, kv_caches[i], (cos, sin))
+            # What the last layer makes of other tokens than the sampled ones, nobody looks at.
+            last = i + 1 == len(self._layers)
+            x = layer.attention.record(program, x, inputs, kv_caches[i], (cos, sin), sampled_only=last)
+            if last:
+                residual = program.gather(residual, inputs.samples, "sampled residual")
             x = program.rms_norm(x, layer.mlp_norm, self._eps, residual)
             x = program.silu_mul(program.linear(layer.gate_up, x, "gate up"))
             x = program.linear(layer.down, x, "projected")

@@ -85,12 +85,16 @@ class Attention:
         inputs: StepBuffers,
         kv_cache: Tensor,
         rotation: tuple[Tensor, Tensor],
+        sampled_only: bool,
     ) -> Tensor:
-        """Writes down what a call does for a token a sequence."""
+        """Writes down what a call does. sampled_only: with the results of the sampled tokens alone."""
         head_dim, norm = self._head_dim, self._head_norm
         weight, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
         heads = program.linear(self._qkv, x, "heads")
         program.rotate_and_write(heads, kv_cache, inputs.slots, head_dim, rotation, weight, eps)
         lengths = (inputs.query_lens, inputs.seq_lens)
+        if sampled_only:
+            heads = program.gather(heads, inputs.samples, "sampled heads")
+            lengths = (inputs.sample_lens, inputs.seq_lens)
         out = program.paged_attention(heads, kv_cache, lengths, inputs.block_tables, head_dim, self._window)
         return program.linear(self._output, out, "projected")

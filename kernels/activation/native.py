@@ -10,10 +10,10 @@ from penstock.kernels.native.library import DTYPES, INT, INT64, POINTER, Functio
 
 __all__ = ["gelu", "gelu_mul", "relu", "silu_mul"]
 
-_TYPES = (POINTER, POINTER, INT64, INT64, INT, INT)
+_TYPES = (POINTER, POINTER, INT64, INT64, INT64, INT, INT)
 _silu_mul = bind(__name__, "_silu_mul", "silu_mul", *_TYPES)
 _gelu_mul = bind(__name__, "_gelu_mul", "gelu_mul", *_TYPES)
-_gelu = bind(__name__, "_gelu", "gelu", *_TYPES)
+_gelu = bind(__name__, "_gelu", "gelu", POINTER, POINTER, INT64, INT64, INT, INT)
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
@@ -42,8 +42,9 @@ def _suits(x: Tensor) -> bool:
 
 def _run(function: Function, gate_up: Tensor) -> Tensor:
     rows, both = gate_up.shape
-    out = gate_up.new_empty((rows, both // 2))
+    size = both // 2
+    out = gate_up.new_empty((rows, size))
     function(
-        gate_up.data_ptr(), out.data_ptr(), rows, both // 2, DTYPES[gate_up.dtype], threads_for(rows * both)
+        gate_up.data_ptr(), out.data_ptr(), rows, size, size, DTYPES[gate_up.dtype], threads_for(rows * both)
     )
     return out

@@ -82,9 +82,11 @@ class _Linear:
         if x.dtype not in DTYPES or x.shape[1] != self._columns:
             raise NotRecordable(f"rows of {x.shape[1]} {x.dtype} for {self._columns} columns")
         packed, scale, bias = self._held
-        scratch = program.buffer("scratch", self._scratch_row, torch.uint8)
+        rows = program.rows_of(x)
+        scratch = program.buffer("scratch", self._scratch_row, torch.uint8, rows)
         program.add(
             INT8_LINEAR,
+            rows,
             (x, packed, scale, bias, out, scratch),
             (x.stride(0), self._columns, self.outputs, DTYPES[x.dtype]),
         )

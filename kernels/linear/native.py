@@ -62,7 +62,8 @@ class _Linear:
         if x.dtype is not torch.bfloat16 or self._columns % 2 or x.shape[1] != self._columns:
             raise NotRecordable(f"rows of {x.shape[1]} {x.dtype} for {self._columns} bfloat16 columns")
         packed, bias = self._held
-        program.add(LINEAR, (x, packed, bias, out), (x.stride(0), self._columns, self.outputs))
+        numbers = (x.stride(0), self._columns, self.outputs)
+        program.add(LINEAR, program.rows_of(x), (x, packed, bias, out), numbers)
 
     def __call__(self, x: Tensor) -> Tensor:
         rows, columns = x.shape

@@ -1,8 +1,10 @@
 """Programs: calls of the native library, written down once and then made together, in one call of C.
 
 The buffers between the calls stay where they are; what changes from run to run is what lies in the first of
-them, and the number of rows. A run gives the same bits as the ops called one by one, because it is the same
-functions with the same numbers; what it saves is Python between them and fetching the threads for each.
+them, and how many rows there are of each kind: tokens, sequences, and samples, which are the tokens whose
+logits are wanted. An op has the rows of what it is given. A run gives the same bits as the ops called one by
+one, because it is the same functions with the same numbers; what it saves is Python between them and fetching
+the threads for each.
 
 Every method writes down one op, as the op's own native.py would call it; tensors are contiguous buffers of
 the program's, or live as long as it. `src/program.c` makes the calls.
@@ -11,7 +13,7 @@ the program's, or live as long as it. `src/program.c` makes the calls.
 from __future__ import annotations
 
 import ctypes
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -41,6 +43,19 @@ _FUNCTIONS = {
 }
 _OPS = ("activation", "kv_write", "logits", "norm", "paged_attention")
 _TILE, _TILED_DIMS = 16, 4  # of a cache, see kv_write/native.py
+# Rows that lie a multiple of so many bytes apart share places in the first cache, see linear/native.py.
+_SAME_SET, _APART_FROM, _APART = 4096, 64, 64
+
+# As the kinds of rows of program.c.
+TOKENS, SEQUENCES, SAMPLES = range(3)
+
+
+class Rows(NamedTuple):
+    """How many there are of each kind."""
+
+    tokens: int
+    sequences: int
+    samples: int
 
 
 class NotRecordable(Exception):
@@ -58,6 +73,7 @@ class RecordableLinear(Protocol):
 class _Call(ctypes.Structure):
     _fields_ = (
         ("kind", INT64),
+        ("rows", INT64),
         ("function", POINTER),
         ("pointers", POINTER * 7),
         ("numbers", INT64 * 10),
@@ -66,59 +82,93 @@ class _Call(ctypes.Structure):
 
 
 class Program:
-    """For up to `capacity` rows, on tensors of `dtype`. Raises NotRecordable where the ops are not the
-    native library's."""
+    """For up to `capacity` rows of each kind, on tensors of `dtype`. Raises NotRecordable where the ops are
+    not the native library's."""
 
-    def __init__(self, capacity: int, dtype: torch.dtype) -> None:
+    def __init__(self, capacity: Rows, dtype: torch.dtype) -> None:
         opened = library()
         if opened is None or dtype not in DTYPES or not _native_ops():
             raise NotRecordable("the ops of this process are not the native library's")
         self.capacity = capacity
         self.dtype = dtype
         self._library = opened
-        self._run = opened.function("run_program", POINTER, INT64, INT64, INT)
+        self._run = opened.function("run_program", POINTER, INT64, POINTER, INT)
         self._calls: list[_Call] = []
         self._made: ctypes.Array[_Call] | None = None
-        self._buffers: dict[tuple[str, int, torch.dtype], Tensor] = {}
+        self._buffers: dict[tuple[str, int, torch.dtype, int], Tensor] = {}
+        self._rows_of: dict[int, int] = {}  # of the buffers, by address
         self._held: list[Tensor | None] = []  # whose addresses the calls have
         self._kind = DTYPES[dtype]
 
-    def buffer(self, name: str, columns: int, dtype: torch.dtype | None = None) -> Tensor:
-        """[capacity, columns], zeros at first; the same one for the same name and shape."""
-        key = (name, columns, dtype or self.dtype)
+    def buffer(
+        self,
+        name: str,
+        columns: int,
+        dtype: torch.dtype | None = None,
+        rows: int = TOKENS,
+        apart: bool = False,
+    ) -> Tensor:
+        """[capacity of that kind of rows, columns], zeros at first; the same one for the same name and shape.
+        apart: there may be a gap between its rows, for the sake of the first cache."""
+        key = (name, columns, dtype or self.dtype, rows)
         if key not in self._buffers:
-            self._buffers[key] = torch.zeros(self.capacity, columns, dtype=key[2])
+            capacity, gap = self.capacity[rows], 0
+            if apart and capacity >= _APART_FROM and columns * key[2].itemsize % _SAME_SET == 0:
+                gap = _APART // key[2].itemsize
+            made = torch.zeros(capacity, columns + gap, dtype=key[2])[:, :columns]
+            self._buffers[key] = made
+            self._rows_of[made.data_ptr()] = rows
         return self._buffers[key]
 
-    def run(self, rows: int) -> None:
-        """Makes all calls for the first `rows` rows. Raises IndexError for an id, a slot or a block that lies
-        outside, MemoryError, and ValueError for more rows than there is room for."""
-        if not 0 < rows <= self.capacity:
-            raise ValueError(f"{rows} rows for a program of at most {self.capacity}")
+    def rows_of(self, buffer: Tensor) -> int:
+        """Their kind."""
+        return self._rows_of[buffer.data_ptr()]
+
+    @property
+    def token_bytes(self) -> int:
+        """Of all buffers, for a token."""
+        return sum(key[1] * key[2].itemsize for key in self._buffers if key[3] == TOKENS)
+
+    def run(self, rows: Rows) -> None:
+        """Makes all calls for the first rows of each kind; those of a kind with none are left out. Raises
+        IndexError for an id, a slot or a block that lies outside, MemoryError, and ValueError for more rows
+        than there is room for."""
+        if rows.tokens < 1 or any(not 0 <= n <= most for n, most in zip(rows, self.capacity, strict=True)):
+            raise ValueError(f"{rows} for a program of at most {self.capacity}")
         if self._made is None:
             self._made = (_Call * len(self._calls))(*self._calls)
-        check(self._run(ctypes.addressof(self._made), len(self._made), rows, torch.get_num_threads()))
+        counts = (INT64 * len(rows))(*rows)
+        check(
+            self._run(
+                ctypes.addressof(self._made),
+                len(self._made),
+                ctypes.addressof(counts),
+                torch.get_num_threads(),
+            )
+        )
 
     def gather(self, table: Tensor, ids: Tensor, name: str) -> Tensor:
-        """Rows of table [n, columns] by ids int64 [capacity, 1]."""
-        out = self.buffer(name, table.shape[1], table.dtype)
+        """Rows of table [n, columns] by ids int64 [rows, 1]."""
+        rows = self.rows_of(ids)
+        out = self.buffer(name, table.shape[1], table.dtype, rows)
         self._fits(table)
         row_bytes = table.shape[1] * table.itemsize
-        self.add(GATHER, (table, ids, out), (row_bytes, len(table)))
+        self.add(GATHER, rows, (table, ids, out), (row_bytes, len(table)))
         return out
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
         """norm(x), or with a residual that of residual += x."""
         self._fits(x, weight)
-        out = self.buffer("normed", x.shape[1])
-        self.add(NORM, (x, residual, weight, None, out), (x.shape[1], 0, self._kind), (eps,))
+        rows = self.rows_of(x)
+        out = self.buffer("normed", x.shape[1], rows=rows)
+        self.add(NORM, rows, (x, residual, weight, None, out), (x.shape[1], 0, self._kind), (eps,))
         return out
 
     def linear(self, linear: object, x: Tensor, name: str) -> Tensor:
         """Raises NotRecordable for a linear that is not the native library's."""
         if not isinstance(linear, RecordableLinear):
             raise NotRecordable(f"a {type(linear).__name__} is not the native library's")
-        out = self.buffer(name, linear.outputs)
+        out = self.buffer(name, linear.outputs, rows=self.rows_of(x))
         linear.record(self, x, out)
         return out
 
@@ -132,13 +182,14 @@ class Program:
         norm_weight: Tensor | None = None,
         eps: float = 0.0,
     ) -> None:
-        """heads [capacity, (num_heads + 2 * kv_heads) * head_dim]."""
+        """heads [tokens, (num_heads + 2 * kv_heads) * head_dim]."""
         blocks, kv_heads, tiles = self._tiles(kv_cache)
         cos, sin = rotation
         self._fits(heads, cos, sin, norm_weight)
         num_heads = heads.shape[1] // head_dim - 2 * kv_heads
         self.add(
             ROTATE_AND_WRITE,
+            self.rows_of(heads),
             (heads, kv_cache, slots, cos, sin, norm_weight),
             (heads.shape[1], num_heads, kv_heads, head_dim, cos.shape[1], blocks, tiles * _TILE, self._kind),
             (eps,),
@@ -153,12 +204,14 @@ class Program:
         head_dim: int,
         window: int | None = None,
     ) -> Tensor:
-        """lengths: new tokens and tokens of each row's sequence, int64 [capacity, 1]."""
+        """lengths: of each sequence its rows among the heads, which are its last ones, and all its tokens;
+        int64 [sequences, 1], tables [sequences, blocks]. Rows are tokens or samples."""
         blocks, kv_heads, tiles = self._tiles(kv_cache)
         num_heads = heads.shape[1] // head_dim - 2 * kv_heads
-        out = self.buffer("attended", num_heads * head_dim)
+        out = self.buffer("attended", num_heads * head_dim, rows=self.rows_of(heads))
         self.add(
             PAGED_ATTENTION,
+            self.rows_of(tables),
             (heads, kv_cache, out, *lengths, tables, None),
             (
                 heads.shape[1], tables.shape[1], num_heads, kv_heads, head_dim, blocks, tiles * _TILE,
@@ -169,28 +222,29 @@ class Program:
         return out
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
-        size = gate_up.shape[1] // 2
-        out = self.buffer("activated", size)
-        self.add(SILU_MUL, (gate_up, out), (size, self._kind))
+        size, rows = gate_up.shape[1] // 2, self.rows_of(gate_up)
+        out = self.buffer("activated", size, rows=rows, apart=True)
+        self.add(SILU_MUL, rows, (gate_up, out), (size, out.stride(0), self._kind))
         return out
 
     def argmax(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Best ids int64 and their values float32, both [capacity, 1]."""
-        ids = self.buffer("best id", 1, torch.int64)
-        values = self.buffer("best", 1, torch.float32)
-        size = logits.shape[1]
-        self.add(ARGMAX, (logits, ids, values), (size, size, self._kind))
+        """Best ids int64 and their values float32, both [rows, 1]."""
+        rows, size = self.rows_of(logits), logits.shape[1]
+        ids = self.buffer("best id", 1, torch.int64, rows)
+        values = self.buffer("best", 1, torch.float32, rows)
+        self.add(ARGMAX, rows, (logits, ids, values), (size, size, self._kind))
         return ids, values
 
     def add(
         self,
         kind: int,
+        rows: int,
         tensors: tuple[Tensor | None, ...],
         numbers: tuple[int, ...],
         floats: tuple[float, ...] = (),
     ) -> None:
-        """Writes a call down: its arguments by type, in the order of program.c."""
-        call = _Call(kind)
+        """Writes a call down: its kind of rows, and its arguments by type, in the order of program.c."""
+        call = _Call(kind, rows)
         if kind in _FUNCTIONS:
             call.function = self._library.address(_FUNCTIONS[kind])
         call.pointers[: len(tensors)] = [None if t is None else t.data_ptr() for t in tensors]

@@ -1,4 +1,4 @@
-"""Decode steps replayed in one call: the same bits as the ordinary way, and only where they suit."""
+"""Steps replayed in one call: the same bits as the ordinary way, and only where they suit."""
 
 from __future__ import annotations
 
@@ -13,9 +13,12 @@ from torch import Tensor
 
 from penstock.engine_service.backends.cpu import CpuBackend
 from penstock.engine_service.backends.quantized import quantized
+from penstock.engine_service.core import replay
 from penstock.engine_service.core.memory import make_kv_caches
+from penstock.engine_service.core.messages import AddRequest, Sampling
 from penstock.engine_service.core.plan import StepPlan
 from penstock.engine_service.core.replay import MOST_ROWS, Replay
+from penstock.engine_service.core.request import Request
 from penstock.engine_service.core.runner import Runner
 from penstock.engine_service.core.sampler import Best, SampledRows, Sampler, SampleRows
 from penstock.engine_service.models.config import read_spec
@@ -137,18 +140,71 @@ def test_the_same_bits(tmp_path: Path, name: str, dtype: torch.dtype, quantizati
             assert both.check(decode_plan(batch, context)) == replays(dtype, quantization)
 
 
+def chunks(*rows: tuple[int, int, bool]) -> StepPlan:
+    """A step of (first position, tokens, whether the last one is sampled) for each sequence; those of one
+    token first."""
+    plan = decode_plan(len(rows), CONTEXT)
+    plan.starts[:], plan.counts[:], plan.samples[:] = zip(*rows, strict=True)
+    plan.num_decodes = sum(count == 1 for _, count, _ in rows)
+    draws = np.random.default_rng(len(rows))
+    plan.table.tokens[: len(rows), :CONTEXT] = draws.integers(0, BASE["vocab_size"], (len(rows), CONTEXT))
+    return plan
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "quantization"),
+    [
+        *[(name, torch.bfloat16, "none") for name in MODELS],
+        ("groups, biases, tied", torch.bfloat16, "int8"),
+        ("head norm, heads of 80", torch.float32, "int8"),
+    ],
+)
+def test_prompts_give_the_same_bits(tmp_path: Path, name: str, dtype: torch.dtype, quantization: str) -> None:
+    """Whole prompts and chunks of them, beside decodes, sampled or not; drafts too."""
+    both = Both(tmp_path, MODELS[name], dtype, quantization)
+    expected = replays(dtype, quantization)
+    drafted = chunks((CONTEXT - 1, 1, True), (CONTEXT - 4, 4, True), (0, 9, False))
+    drafted.drafts = {1: np.array([5, 6, 7], np.int32)}
+    for plan in (
+        chunks((0, CONTEXT, True)),
+        chunks((30, 1, True), (0, CONTEXT, True), (16, 40, False), (0, 2, True)),
+        drafted,
+        decode_plan(3, CONTEXT),
+        chunks(*[(0, CONTEXT - 1, True)] * 5),
+    ):
+        assert both.check(plan) == expected
+
+
+def test_a_chunk_of_which_nothing_is_sampled(llama: Both) -> None:
+    plan = chunks((0, 40, False), (20, 33, False))
+    for runner in llama.runners:
+        assert not runner.run(plan).num_tokens.any()
+    assert all(torch.equal(mine, other) for mine, other in zip(*llama.caches, strict=True))
+
+
 def test_other_steps_go_the_ordinary_way(llama: Both) -> None:
-    """Prompts, and steps of more rows than a program holds; what comes after them is replayed again."""
+    """Block copies, prompts that are scored, more rows than a program holds; what comes after them is
+    replayed again."""
     expected = replays(torch.bfloat16, "none")
-    mixed = decode_plan(3, CONTEXT)
-    mixed.num_decodes, mixed.counts[2], mixed.starts[2] = 2, 5, CONTEXT - 5
-    assert not llama.check(mixed)
-    assert llama.check(decode_plan(3, CONTEXT)) == expected
     copies = decode_plan(3, CONTEXT)
     copies.copies = np.array([[0, BLOCKS - 1]])
     assert not llama.check(copies)
     assert not llama.check(decode_plan(MOST_ROWS + 1, 1))
+    scored = AddRequest(0, [1] * CONTEXT, Sampling(temperature=0.0, prompt_logprobs=0))
+    plan = chunks((0, CONTEXT, True))
+    plan.sequences[0] = Request.create(scored).sequences[0]
+    assert not llama.check(plan)
     assert llama.check(decode_plan(3, CONTEXT)) == expected
+
+
+def test_long_prompts_of_large_models_go_the_ordinary_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the buffers of so many tokens would take too much."""
+    monkeypatch.setattr(replay, "_MOST_BYTES", 1)
+    both = Both(tmp_path, {}, torch.bfloat16, "none")
+    assert not both.check(chunks((0, CONTEXT, True)))
+    assert both.check(decode_plan(3, CONTEXT)) == replays(torch.bfloat16, "none")
 
 
 def test_an_id_outside_fails_the_step_and_no_more(llama: Both) -> None:

@@ -6,7 +6,7 @@ enum { COLUMNS_A_TASK = 4096 };
 enum { SILU_MUL, GELU_MUL, GELU };
 
 struct rows {
-    int64_t rows, size, pieces;
+    int64_t rows, size, out_stride, pieces;
     const void *x;
     void *out;
     int type, kind;
@@ -46,7 +46,7 @@ PS_INLINE void activate_piece(const struct rows *s, int64_t task, int type, int 
     const int64_t width = kind == GELU ? s->size : 2 * s->size;
     const char *x = (const char *)s->x + (size_t)(row * width + first) * size_of(type);
     const char *up = kind == GELU ? x : x + (size_t)s->size * size_of(type);
-    char *out = (char *)s->out + (size_t)(row * s->size + first) * size_of(type);
+    char *out = (char *)s->out + (size_t)(row * s->out_stride + first) * size_of(type);
     int64_t i = 0;
     for (; i + PS_LANES <= count; i += PS_LANES)
         t_store(out, i, activated(kind, t_load(x, i, type), t_load(up, i, type)), type);
@@ -70,23 +70,26 @@ static void activate(void *context, int64_t task) {
         activate_kind(s, task, GELU);
 }
 
-static int run(int kind, const void *x, void *out, int64_t rows, int64_t size, int type, int threads) {
-    struct rows s = {rows, size, (size + COLUMNS_A_TASK - 1) / COLUMNS_A_TASK, x, out, type, kind};
+static int run(
+    int kind, const void *x, void *out, int64_t rows, int64_t size, int64_t out_stride, int type, int threads) {
+    struct rows s = {rows, size, out_stride, (size + COLUMNS_A_TASK - 1) / COLUMNS_A_TASK, x, out, type, kind};
     ps_parallel(activate, &s, rows * s.pieces, threads);
     return PS_OK;
 }
 
-/* x [rows, 2 * size] -> out [rows, size] */
-PS_EXPORT int PS_FN(silu_mul)(const void *x, void *out, int64_t rows, int64_t size, int type, int threads) {
-    return run(SILU_MUL, x, out, rows, size, type, threads);
+/* x [rows, 2 * size] -> out [rows, size], rows `out_stride` elements apart */
+PS_EXPORT int PS_FN(silu_mul)(
+    const void *x, void *out, int64_t rows, int64_t size, int64_t out_stride, int type, int threads) {
+    return run(SILU_MUL, x, out, rows, size, out_stride, type, threads);
 }
 
 /* As silu_mul. */
-PS_EXPORT int PS_FN(gelu_mul)(const void *x, void *out, int64_t rows, int64_t size, int type, int threads) {
-    return run(GELU_MUL, x, out, rows, size, type, threads);
+PS_EXPORT int PS_FN(gelu_mul)(
+    const void *x, void *out, int64_t rows, int64_t size, int64_t out_stride, int type, int threads) {
+    return run(GELU_MUL, x, out, rows, size, out_stride, type, threads);
 }
 
 /* x [rows, size] -> out [rows, size], which may be x */
 PS_EXPORT int PS_FN(gelu)(const void *x, void *out, int64_t rows, int64_t size, int type, int threads) {
-    return run(GELU, x, out, rows, size, type, threads);
+    return run(GELU, x, out, rows, size, size, type, threads);
 }

@@ -1,7 +1,7 @@
 /* Calls of the library's functions one after the other, on one team of threads: a whole step in one call.
  *
- * A call holds its arguments apart by type, in the order in which its function takes them; the number of rows
- * and of threads are the same for all calls, and given when they are run.
+ * A call holds its arguments apart by type, in the order in which its function takes them. How many rows it has
+ * is one of the numbers given when the calls are made: that of tokens, of sequences or of what is sampled.
  */
 #include "parallel.h"
 
@@ -12,7 +12,7 @@ enum { MOST_POINTERS = 7, MOST_NUMBERS = 10, MOST_FLOATS = 2 };
 
 /* As Call in program.py. */
 struct call {
-    int64_t kind;
+    int64_t kind, rows;
     void *function;
     void *p[MOST_POINTERS];
     int64_t n[MOST_NUMBERS];
@@ -43,7 +43,7 @@ typedef int (*rotate_and_write_fn)(
 typedef int (*paged_attention_fn)(
     const void *, const void *, void *, const int64_t *, const int64_t *, const int64_t *, int64_t, int64_t,
     int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, float, float, const float *, int, int);
-typedef int (*silu_mul_fn)(const void *, void *, int64_t, int64_t, int, int);
+typedef int (*silu_mul_fn)(const void *, void *, int64_t, int64_t, int64_t, int, int);
 typedef int (*argmax_fn)(const void *, int64_t *, float *, int64_t, int64_t, int64_t, int, int);
 
 static int run_call(const struct call *c, int64_t rows, int threads) {
@@ -69,7 +69,7 @@ static int run_call(const struct call *c, int64_t rows, int threads) {
             p[0], p[1], p[2], p[3], p[4], p[5], n[0], n[1], rows, n[2], n[3], n[4], n[5], n[6], n[7], c->f[0],
             c->f[1], p[6], (int)n[8], threads);
     case SILU_MUL:
-        return ((silu_mul_fn)c->function)(p[0], p[1], rows, n[0], (int)n[1], threads);
+        return ((silu_mul_fn)c->function)(p[0], p[1], rows, n[0], n[1], (int)n[2], threads);
     case ARGMAX:
         return ((argmax_fn)c->function)(p[0], p[1], p[2], rows, n[0], n[1], (int)n[2], threads);
     }
@@ -78,18 +78,22 @@ static int run_call(const struct call *c, int64_t rows, int threads) {
 
 struct run {
     const struct call *calls;
-    int64_t count, rows;
+    int64_t count;
+    const int64_t *rows;
     int threads, result;
 };
 
 static void run_all(void *context) {
     struct run *run = context;
-    for (int64_t i = 0; i < run->count && run->result == PS_OK; i++)
-        run->result = run_call(&run->calls[i], run->rows, run->threads);
+    for (int64_t i = 0; i < run->count && run->result == PS_OK; i++) {
+        const struct call *call = &run->calls[i];
+        if (run->rows[call->rows])
+            run->result = run_call(call, run->rows[call->rows], run->threads);
+    }
 }
 
-/* Ends with the first call that fails, and its result. */
-PS_EXPORT int PS_FN(run_program)(const void *calls, int64_t count, int64_t rows, int threads) {
+/* rows: of tokens, sequences and samples. Ends with the first call that fails, and its result. */
+PS_EXPORT int PS_FN(run_program)(const void *calls, int64_t count, const int64_t *rows, int threads) {
     struct run run = {calls, count, rows, threads, PS_OK};
     ps_with_team(run_all, &run, threads);
     return run.result;
