@@ -207,7 +207,7 @@ def test_reasoning_may_come_first() -> None:
 
 
 def test_channels_stand_where_they_belong() -> None:
-    """Harmony: thoughts, then the answer in its channel, or a call; no remarks, and nothing without a header."""
+    """Harmony: thoughts, then the answer in its channel, or a call; no remarks, all with headers."""
     parser, form = TOOL_PARSERS["harmony"], REASONING_PARSERS["harmony"]
     tokenizer = tokenizer_with(parser.marks)
     ll = llguidance.LLTokenizer(tokenizer.to_str(), eos_token=tokenizer.token_to_id(END))
