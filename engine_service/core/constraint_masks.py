@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
-import math
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -13,26 +10,20 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from penstock.engine_service.core.constraint_state import CompiledGrammar, ConstraintState, Words
-from penstock.engine_service.core.logit_edits import LogitEdits
+from penstock.engine_service.core.mask_fill import MaskFiller
 from penstock.engine_service.core.messages import RequestError
 from penstock.engine_service.core.request import Sequence
 from penstock.engine_service.core.slots import Int32s
-from penstock.kernels import sampling
 
 if TYPE_CHECKING:
-    from llguidance import LLExecutor, LLMatcher
+    from llguidance import LLMatcher
 
 log = logging.getLogger(__name__)
-# Nothing else runs in the core while masks are made.
-_MOST_THREADS = 16
-_NO_IDS = np.empty(0, np.int64)
 # By row: the ids, not yet the sequence's own, that stand before the one to sample.
 Drafted = Mapping[int, Int32s]
 NOTHING_DRAFTED: Drafted = MappingProxyType({})
-_NO_BIAS = np.empty(0, np.float32)
 
 
 @dataclass(slots=True)
@@ -47,24 +38,6 @@ class RowMasks:
         """The row's token is its choice's last, whatever else forbids an end."""
         state = self.states.get(row)
         return state is not None and state.over
-
-    def join(self, row: int, edits: LogitEdits | None) -> LogitEdits | None:
-        """The row's changes to its logits, its mask among them."""
-        words = self.words.get(row)
-        if words is None:
-            return edits
-        if edits is None or self.is_over(row):
-            return LogitEdits(None, _NO_IDS, _NO_BIAS, _NO_IDS, _NO_IDS, words)
-        return dataclasses.replace(edits, mask=words)
-
-    def allows(self, row: int, token: int) -> bool:
-        return bool(self.words[row][token >> 5] >> (token & 31) & 1)
-
-    def best(self, row: int, logits: Tensor) -> int | None:
-        """The argmax of logits [V] over what the row's mask allows; None if that has no finite one."""
-        words = torch.from_numpy(self.words[row]).to(logits.device)
-        place, value = sampling.masked_argmax(logits, words)
-        return place if math.isfinite(value) else None
 
     def advance(self, row: int, token: int) -> bool:
         """Takes in the row's token. Whether its choice ends with it, or has got an error by it."""
@@ -84,12 +57,12 @@ class RowMasks:
 class ConstraintMasks:
     """The states of the sequences that a sampler samples, and room for a step's masks."""
 
-    def __init__(self, vocab_size: int) -> None:
+    def __init__(self, vocab_size: int, device: torch.device) -> None:
         self._vocab_size = vocab_size
         self._num_words = -(-vocab_size // 32)
         self._states: dict[tuple[int, int], ConstraintState] = {}
         self._room: Words = np.empty((0, 0), np.int32)
-        self._executor: LLExecutor | None = None
+        self._filler = MaskFiller(device)
 
     def of(self, rows: Iterable[tuple[int, Sequence]], drafted: Drafted = NOTHING_DRAFTED) -> RowMasks:
         """Masks for those of `rows` that are constrained; what goes wrong for one is its own error.
@@ -120,7 +93,7 @@ class ConstraintMasks:
                 matchers.append((matcher, len(places)))
             self._reserve(len(places) + 1, grammar)
             places.append(row)
-        self._fill(matchers)
+        self._filler.fill(matchers, self._room)
         for place, row in enumerate(places):
             words = self._room[place, : self._num_words]
             try:
@@ -151,20 +124,6 @@ class ConstraintMasks:
         width = max(self._num_words, -(-grammar.tokenizer.vocab_size // 32))
         if rows > len(self._room) or width > self._room.shape[1]:
             self._room = np.zeros((max(8, 2 * rows), width), np.int32)
-
-    def _fill(self, matchers: list[tuple[LLMatcher, int]]) -> None:
-        if not matchers:
-            return
-        pointer, size = self._room.ctypes.data, self._room.shape[1] * 4
-        if len(matchers) == 1:
-            matcher, place = matchers[0]
-            matcher.unsafe_compute_mask_ptr(pointer + place * size, size)
-            return
-        if self._executor is None:
-            from llguidance import LLExecutor
-
-            self._executor = LLExecutor(min(_MOST_THREADS, len(os.sched_getaffinity(0))))
-        self._executor.unsafe_compute_mask_ptr(matchers, pointer, size, len(self._room))
 
     def _cut(self, words: Words) -> None:
         """No id beyond the model's."""

@@ -75,7 +75,7 @@ class DeviceSampler:
     def __init__(self, vocab_size: int, max_num_seqs: int, device: torch.device, seed: int) -> None:
         self._vocab_size = vocab_size
         self._device = device
-        self._masks = ConstraintMasks(vocab_size)
+        self._masks = ConstraintMasks(vocab_size, device)
         self.guide = ConstraintGuide(self._masks, vocab_size)
         self._slots = DeviceSlots(vocab_size, max_num_seqs, device, seed)
 

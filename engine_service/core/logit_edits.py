@@ -15,7 +15,6 @@ from torch import Tensor
 
 from penstock.engine_service.core.penalties import TokenCounts
 from penstock.kernels import sampling
-from penstock.kernels.logits import apply_bitmask
 
 Ids = NDArray[np.int64]
 Mask = NDArray[np.int32]  # a bit per token, bit i % 32 of word i // 32; 0 forbids it
@@ -40,7 +39,6 @@ class LogitEdits:
     bias: NDArray[np.float32]
     allowed: Ids  # empty: all
     banned: Ids
-    mask: Mask | None = None  # of a constraint
 
 
 def apply_edits(logits: Tensor, edits: Sequence[tuple[int, LogitEdits]]) -> None:
@@ -53,19 +51,9 @@ def apply_edits(logits: Tensor, edits: Sequence[tuple[int, LogitEdits]]) -> None
     limited, ids = _elements(edits, lambda edit: edit.allowed)
     if ids.size:
         sampling.allow_only(logits, *_on(logits.device, limited, ids))
-    _apply_masks(logits, [(row, edit.mask) for row, edit in edits if edit.mask is not None])
     banned, ids = _elements(edits, lambda edit: edit.banned)
     if ids.size:
         sampling.ban(logits, *_on(logits.device, banned, ids))
-
-
-def _apply_masks(logits: Tensor, masks: list[tuple[int, Mask]]) -> None:
-    if not masks:
-        return
-    words, rows = np.stack([mask for _, mask in masks]), np.array([row for row, _ in masks], np.int64)
-    own = logits[:, : 32 * words.shape[1]]
-    apply = apply_bitmask if logits.device.type == "cpu" else sampling.apply_bitmask
-    apply(own, *_on(logits.device, words, rows))
 
 
 def _penalise(logits: Tensor, penalties: list[tuple[int, Penalties]]) -> None:

@@ -1,7 +1,8 @@
 """Chooses the next token of every sequence of a step. Knows requests; the arithmetic is in kernels.
 
-A row gets only the work its parameters ask for: greedy rows share one argmax, the others are copied to a
-workspace, edited and drawn a few at a time. Nothing a row's result depends on comes from its neighbours.
+A row gets only the work its parameters ask for: greedy rows share one argmax, masked or not, the others are
+copied to a workspace, edited and drawn a few at a time. Nothing a row's result depends on comes from its
+neighbours.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from penstock.engine_service.core.constraint_guide import ConstraintGuide
 from penstock.engine_service.core.constraint_masks import ConstraintMasks, Drafted, RowMasks
+from penstock.engine_service.core.constraint_state import Words
 from penstock.engine_service.core.logit_edits import LogitEdits, apply_edits
 from penstock.engine_service.core.logprobs import gather_logprobs, take_row
 from penstock.engine_service.core.messages import Logprobs, RequestError
@@ -64,7 +66,8 @@ class SampledRows:
 
 @dataclass(slots=True)
 class _Row:
-    """One sequence's place in the logits; `best_id` and `best` are its argmax, after the edits once made."""
+    """One sequence's place in the logits; `best_id` and `best` are its argmax, after mask and edits once they
+    are made."""
 
     index: int
     sequence: Sequence
@@ -73,7 +76,7 @@ class _Row:
     edits: LogitEdits | None
     best_id: int
     best: float
-    best_stands: bool = False  # the edits do not change the argmax
+    mask: Words | None = None  # of its constraint
 
 
 class Sampler:
@@ -84,7 +87,7 @@ class Sampler:
         self._device = device
         self._seed = seed
         self._states: dict[tuple[int, int], SamplingState] = {}
-        self._masks = ConstraintMasks(vocab_size)
+        self._masks = ConstraintMasks(vocab_size, device)
         self.guide = ConstraintGuide(self._masks, vocab_size)
         rows = _ROWS_AT_ONCE_CPU if device.type == "cpu" else _ROWS_AT_ONCE_DEVICE
         width = sampling.padded_width(vocab_size)
@@ -113,6 +116,7 @@ class Sampler:
         masks = self._masks.of(((row, rows.sequences[row]) for row in others.tolist()), rows.drafted)
         result.errors.update(masks.errors)
         prepared = self._prepare(logits, rows, others.tolist(), *best, masks, result)
+        prepared = self._choose_masked(logits, prepared, result)
         rest = [row for row in prepared if not row.state.greedy or row.edits is not None]
         rest.sort(key=_kind)
         for start in range(0, len(rest), len(self._workspace)):
@@ -169,8 +173,9 @@ class Sampler:
                     index, sequence, position, state, state.edits(sequence, position),
                     int(best_ids[index]), float(best[index]),
                 )  # fmt: skip
-                if index in masks.words:
-                    _mask(row, logits[index], masks, result)
+                row.mask = masks.words.get(index)
+                if masks.is_over(index):
+                    row.edits = None
                 prepared.append(row)
                 if rows.slots is not None and rows.epochs is not None and _is_plain(row):
                     self._plain_epochs[rows.slots[index]] = rows.epochs[index]
@@ -188,13 +193,38 @@ class Sampler:
             self._states[sequence.key] = state
         return state
 
+    def _choose_masked(self, logits: Tensor, rows: list[_Row], result: SampledRows) -> list[_Row]:
+        """The best that its mask allows for each greedy row that has no other edits: most often the model
+        says what it may, and its best stands. Returns the rows without those that have got an error."""
+        changed = []
+        for row in rows:
+            if row.mask is None or not row.state.greedy or row.edits is not None:
+                continue
+            if not row.mask[row.best_id >> 5] >> (row.best_id & 31) & 1:
+                changed.append(row)
+        if not changed:
+            return rows
+        found = sampling.masked_argmax(logits, *self._places_of(changed))
+        for row, best_id, best in zip(changed, *(column.tolist() for column in found), strict=True):
+            if best == -math.inf:
+                result.errors[row.index] = row.state.nothing_left()
+            result.tokens[row.index] = best_id
+        return [row for row in rows if row.index not in result.errors]
+
+    def _places_of(self, rows: list[_Row]) -> tuple[Tensor, Tensor, Tensor]:
+        """Their rows of the logits, their masks, and which of these is whose: as the kernels take them."""
+        masks = [row.mask for row in rows if row.mask is not None]
+        words = np.stack(masks) if masks else np.empty((0, 0), np.int32)
+        numbers = iter(range(len(masks)))
+        places = [-1 if row.mask is None else next(numbers) for row in rows]
+        indices = np.array([row.index for row in rows], np.int64)
+        return self._tensor(indices), self._tensor(words), self._tensor(np.array(places, np.int64))
+
     def _sample_rows(self, logits: Tensor, rows: list[_Row], result: SampledRows) -> None:
         """Samples at most a workspace of rows, ordered by `_kind`."""
         work = self._workspace[: len(rows)]
-        for place, row in enumerate(rows):
-            work[place, : self._vocab_size].copy_(logits[row.index])
-        work[:, self._vocab_size :] = -torch.inf
-        self._edit(work, rows, result)
+        best = sampling.copy_masked(logits, *self._places_of(rows), work)
+        self._edit(work, rows, best, result)
         drawn = [row for row in rows if not row.state.greedy]
         tokens = self._draw(work[: len(drawn)], drawn) if drawn else []
         tokens += [row.best_id for row in rows[len(drawn) :]]
@@ -202,20 +232,20 @@ class Sampler:
             if row.index not in result.errors:
                 result.tokens[row.index] = token
 
-    def _edit(self, work: Tensor, rows: list[_Row], result: SampledRows) -> None:
-        """Makes the rows' edits and finds their argmax; a row left without a finite one gets its error."""
+    def _edit(self, work: Tensor, rows: list[_Row], best: tuple[Tensor, Tensor], result: SampledRows) -> None:
+        """Makes the rows' edits and finds their argmax, which is `best` without them; a row left without a
+        finite one gets its error."""
         edits = [(place, row.edits) for place, row in enumerate(rows) if row.edits is not None]
-        if not edits:
-            return
-        apply_edits(work, edits)
-        if all(rows[place].best_stands for place, _ in edits):
-            return
-        columns = [column.tolist() for column in sampling.argmax(work)]
-        for place, (row, best_id, best) in enumerate(zip(rows, *columns, strict=True)):
-            row.best_id, row.best = best_id, best
-            if math.isfinite(best):
+        if edits:
+            apply_edits(work, edits)
+            best = sampling.argmax(work)
+        for place, (row, best_id, value) in enumerate(
+            zip(rows, *(column.tolist() for column in best), strict=True)
+        ):
+            row.best_id, row.best = best_id, value
+            if math.isfinite(value):
                 continue
-            result.errors[row.index] = row.state.nothing_left() if best == -math.inf else _not_finite()
+            result.errors[row.index] = row.state.nothing_left() if value == -math.inf else _not_finite()
             # Numbers of no consequence that the draws of the whole workspace can work on.
             work[place] = -torch.inf
             work[place, 0] = row.best = 0.0
@@ -272,26 +302,11 @@ class Sampler:
         for place, (index, count) in enumerate(ranked):
             result.logprobs[index] = take_row(gathered, place, count)
 
+    def _tensor(self, array: NDArray[np.generic]) -> Tensor:
+        return torch.from_numpy(array).to(self._device)
+
     def _floats(self, values: list[float], dtype: torch.dtype = torch.float64) -> Tensor:
         return torch.tensor(values, dtype=dtype, device=self._device)
-
-
-def _mask(row: _Row, logits: Tensor, masks: RowMasks, result: SampledRows) -> None:
-    """Joins the row's mask to its edits. Most often the model says what it may: where the mask is the only
-    edit and allows the best token, that stands; a greedy row of logits [V] is done with its best."""
-    index = row.index
-    alone = row.edits is None or masks.is_over(index)
-    row.edits = masks.join(index, row.edits)
-    if not alone:
-        return
-    row.best_stands = masks.allows(index, row.best_id)
-    if not row.state.greedy:
-        return
-    best = row.best_id if row.best_stands else masks.best(index, logits)
-    if best is None:
-        raise row.state.nothing_left()
-    result.tokens[index] = best
-    row.edits = None
 
 
 def _is_plain(row: _Row) -> bool:

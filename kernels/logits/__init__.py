@@ -6,7 +6,7 @@ from torch import Tensor
 
 from penstock.kernels.dispatch import implementation
 
-__all__ = ["apply_bitmask", "argmax", "masked_argmax", "to_weights"]
+__all__ = ["argmax", "copy_masked", "masked_argmax", "to_weights"]
 
 
 def argmax(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -26,14 +26,23 @@ def to_weights(logits: Tensor, best: Tensor, temperature: Tensor) -> Tensor:
     return weights
 
 
-def apply_bitmask(logits: Tensor, words: Tensor, rows: Tensor) -> None:
-    """Sets, in place, logits[rows[n], i] to -inf where bit i % 32 of words[n, i // 32] is 0, for the columns
-    that the words cover. logits float32 [R, W]; words int32 [N, M], 32 M <= W; rows int64 [N], distinct."""
-    implementation("logits", logits.device.type).apply_bitmask(logits, words, rows)
+def masked_argmax(logits: Tensor, rows: Tensor, words: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
+    """Best id (int64 [N], the lowest of equals) and its value (float32 [N]) of the rows logits[rows[n]] of
+    logits [R, V], of any floating type and without NaN, among those whose bit in words[masks[n]] is 1; among
+    all where masks[n] < 0. rows, masks: int64 [N]; words: int32 [M, at least ceil(V / 32)], bit i % 32 of
+    word i // 32. The value is -inf where a row has none above it."""
+    found: tuple[Tensor, Tensor] = implementation("logits", logits.device.type).masked_argmax(
+        logits, rows, words, masks
+    )
+    return found
 
 
-def masked_argmax(logits: Tensor, words: Tensor) -> tuple[int, float]:
-    """Best id (the lowest of equals) and its value of logits [V], of any floating type and without NaN, among
-    those whose bit in words int32 [ceil(V / 32)] is 1. The value is -inf where these have none above it."""
-    found: tuple[int, float] = implementation("logits", logits.device.type).masked_argmax(logits, words)
+def copy_masked(
+    logits: Tensor, rows: Tensor, words: Tensor, masks: Tensor, out: Tensor
+) -> tuple[Tensor, Tensor]:
+    """As `masked_argmax`, and besides out[n] becomes the row, with -inf where its mask has a 0 and from
+    column V on. out: float32 [N, at least V]."""
+    found: tuple[Tensor, Tensor] = implementation("logits", logits.device.type).copy_masked(
+        logits, rows, words, masks, out
+    )
     return found

@@ -17,8 +17,7 @@ from penstock.kernels.native.library import (
 
 _argmax = bind(__name__, "_argmax", "argmax", *[POINTER] * 3, *[INT64] * 3, INT, INT)
 _to_weights = bind(__name__, "_to_weights", "to_weights", *[POINTER] * 3, *[INT64] * 3, INT)
-_apply_bitmask = bind(__name__, "_apply_bitmask", "apply_bitmask", *[POINTER] * 3, *[INT64] * 4, INT)
-_masked_argmax = bind(__name__, "_masked_argmax", "masked_argmax", *[POINTER] * 4, INT64, INT, INT)
+_masked_rows = bind(__name__, "_masked_rows", "masked_rows", *[POINTER] * 7, *[INT64] * 5, INT, INT)
 
 _COLUMNS_A_PIECE = 32 * 1024  # as WORDS_A_PIECE of src/logits.c
 
@@ -49,31 +48,40 @@ def to_weights(logits: Tensor, best: Tensor, temperature: Tensor) -> Tensor:
     return logits
 
 
-def apply_bitmask(logits: Tensor, words: Tensor, rows: Tensor) -> None:
-    count, num_words = words.shape
-    if logits.dtype is not torch.float32 or logits.stride(1) != 1 or words.stride(1) != 1:
-        return reference.apply_bitmask(logits, words, rows)
-    if 32 * num_words > logits.shape[1]:
-        raise ValueError(f"masks of {num_words} words for rows of {logits.shape[1]}")
-    _apply_bitmask(
-        logits.data_ptr(), words.data_ptr(), rows.data_ptr(), count, 32 * num_words, logits.stride(0),
-        words.stride(0), threads_for(32 * num_words * count),
-    )  # fmt: skip
+def masked_argmax(logits: Tensor, rows: Tensor, words: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
+    if not _takes(logits, words):
+        return reference.masked_argmax(logits, rows, words, masks)
+    return _over_rows(logits, rows, words, masks, None)
 
 
-def masked_argmax(logits: Tensor, words: Tensor) -> tuple[int, float]:
-    kind = DTYPES.get(logits.dtype)
-    (size,) = logits.shape
-    if kind is None or logits.stride(0) != 1 or words.stride(0) != 1:
-        return reference.masked_argmax(logits, words)
-    if 32 * len(words) < size:
-        raise ValueError(f"a mask of {len(words)} words for {size} logits")
-    pieces = -(-size // _COLUMNS_A_PIECE)
+def copy_masked(
+    logits: Tensor, rows: Tensor, words: Tensor, masks: Tensor, out: Tensor
+) -> tuple[Tensor, Tensor]:
+    if out.shape[0] != len(rows) or out.shape[1] < logits.shape[1]:
+        raise ValueError(f"{tuple(out.shape)} for {len(rows)} rows of {logits.shape[1]} logits")
+    if not _takes(logits, words) or out.dtype is not torch.float32 or not out.is_contiguous():
+        return reference.copy_masked(logits, rows, words, masks, out)
+    return _over_rows(logits, rows, words, masks, out)
+
+
+def _takes(logits: Tensor, words: Tensor) -> bool:
+    if len(words) and 32 * words.shape[1] < logits.shape[1]:
+        raise ValueError(f"masks of {words.shape[1]} words for {logits.shape[1]} logits")
+    dense = logits.stride(1) == 1 and (not len(words) or words.stride(1) == 1)
+    return logits.dtype in DTYPES and dense
+
+
+def _over_rows(
+    logits: Tensor, rows: Tensor, words: Tensor, masks: Tensor, out: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    count, size = len(rows), logits.shape[1]
+    pieces = count * -(-size // _COLUMNS_A_PIECE)
     ids = torch.empty(pieces, dtype=torch.int64)
     values = torch.empty(pieces, dtype=torch.float32)
-    _masked_argmax(
-        logits.data_ptr(), words.data_ptr(), ids.data_ptr(), values.data_ptr(), size, kind, threads_for(size)
-    )
-    found = values.tolist()
-    best = max(found)
-    return int(ids[found.index(best)]), best
+    _masked_rows(
+        logits.data_ptr(), rows.data_ptr(), masks.data_ptr(), words.data_ptr(),
+        None if out is None else out.data_ptr(), ids.data_ptr(), values.data_ptr(), count, size,
+        logits.stride(0), words.stride(0), 0 if out is None else out.shape[1], DTYPES[logits.dtype],
+        threads_for(count * size),
+    )  # fmt: skip
+    return ids[:count], values[:count]

@@ -8,7 +8,7 @@ from torch import Tensor
 from penstock.kernels.sampling.reference import argmax as _argmax
 from penstock.kernels.sampling.reference import to_weights
 
-__all__ = ["apply_bitmask", "argmax", "masked_argmax", "to_weights"]
+__all__ = ["argmax", "copy_masked", "masked_argmax", "to_weights"]
 
 _BITS = torch.arange(256).unsqueeze(1) >> torch.arange(8) & 1
 # What a byte of a mask adds to eight logits. A table, because masks have no pattern that a branch could be
@@ -21,15 +21,21 @@ def argmax(logits: Tensor) -> tuple[Tensor, Tensor]:
     return ids, values.float()
 
 
-def apply_bitmask(logits: Tensor, words: Tensor, rows: Tensor) -> None:
-    for row, own in zip(rows.tolist(), words, strict=True):
-        added = _added_by(own)
-        logits[row, : len(added)] += added
+def masked_argmax(logits: Tensor, rows: Tensor, words: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
+    room = torch.empty(len(rows), logits.shape[1], device=logits.device)
+    return copy_masked(logits, rows, words, masks, room)
 
 
-def masked_argmax(logits: Tensor, words: Tensor) -> tuple[int, float]:
-    ids, values = argmax((logits.float() + _added_by(words)[: len(logits)]).unsqueeze(0))
-    return int(ids), float(values)
+def copy_masked(
+    logits: Tensor, rows: Tensor, words: Tensor, masks: Tensor, out: Tensor
+) -> tuple[Tensor, Tensor]:
+    size = logits.shape[1]
+    out[:, size:] = -torch.inf
+    for place, (row, mask) in enumerate(zip(rows.tolist(), masks.tolist(), strict=True)):
+        out[place, :size].copy_(logits[row])
+        if mask >= 0:
+            out[place, :size] += _added_by(words[mask])[:size]
+    return argmax(out[:, :size])
 
 
 def _added_by(words: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from penstock.kernels.dispatch import implementation
-from penstock.kernels.logits import argmax, masked_argmax, to_weights
+from penstock.kernels.logits import argmax, copy_masked, masked_argmax, to_weights
 from penstock.kernels.sampling.reference import (
     add_bias,
     allow_only,
@@ -40,6 +40,7 @@ __all__ = [
     "argmax",
     "ban",
     "best_of",
+    "copy_masked",
     "draw",
     "draw_filtered",
     "draw_tokens",

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from constrained import COMPILER, EOS, TOKENS, VOCAB, constrained, source
 from device_driver import device_runner, load
 from in_process import Harness, Said
@@ -234,7 +235,7 @@ def ids(text: str) -> list[int]:
 
 
 def guide(vocab_size: int = VOCAB) -> ConstraintGuide:
-    return ConstraintGuide(ConstraintMasks(vocab_size), vocab_size)
+    return ConstraintGuide(ConstraintMasks(vocab_size, torch.device("cpu")), vocab_size)
 
 
 @pytest.mark.parametrize(

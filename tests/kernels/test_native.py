@@ -121,38 +121,46 @@ class TestMasks:
         return torch.from_numpy(words), allowed[:, :size]
 
     @pytest.mark.parametrize("dtype", [*DTYPES, torch.float16])
-    def test_argmax(self, passes: ModuleType, dtype: torch.dtype, size: int, kept: float) -> None:
-        words, allowed = self.masks(1, size, kept)
-        logits = random(size, dtype=dtype).round()  # many equals: the first counts
-        wanted = logits.double().masked_fill(~allowed[0], -torch.inf)
-        for threads in (1, 2):
-            torch.set_num_threads(threads)
-            place, value = passes.masked_argmax(logits, words[0])
-            assert value == wanted.max()
-            if allowed.any():
-                assert place == int((wanted == value).int().argmax())
-            assert 0 <= place < size
-
-    def test_in_place(self, passes: ModuleType, size: int, kept: float) -> None:
+    @pytest.mark.parametrize("threads", [1, 2])
+    def test_best_and_copy(
+        self, passes: ModuleType, dtype: torch.dtype, threads: int, size: int, kept: float
+    ) -> None:
         words, allowed = self.masks(3, size, kept)
-        work = random(5, words.shape[1] * 32 + 9, dtype=torch.float32)
-        before = work.clone()
-        passes.apply_bitmask(work, words, torch.tensor([4, 0, 3]))
-        wanted = before.clone()
-        wanted[[4, 0, 3], :size] = before[[4, 0, 3], :size].masked_fill(~allowed, -torch.inf)
-        beyond = slice(size, 32 * words.shape[1])
-        assert torch.equal(work[:, :size], wanted[:, :size])
-        assert torch.equal(work[:, beyond.stop :], before[:, beyond.stop :])
-        assert torch.equal(work[[1, 2]], before[[1, 2]])
+        logits = random(6, size + 2, dtype=dtype)[:, 1:-1].round()  # many equals: the first counts
+        rows, masks = torch.tensor([5, 0, 3, 0]), torch.tensor([2, -1, 0, 1])
+        allows = torch.ones(4, size, dtype=torch.bool)
+        allows[masks >= 0] = allowed[masks[masks >= 0]]
+        wanted = logits[rows].double().masked_fill(~allows, -torch.inf)
+        torch.set_num_threads(threads)
+        out = torch.full((4, size + 70), torch.nan)
+        for ids, values in (
+            passes.masked_argmax(logits, rows, words, masks),
+            passes.copy_masked(logits, rows, words, masks, out),
+        ):
+            assert torch.equal(values.double(), wanted.max(-1).values)
+            first = (wanted == wanted.max(-1).values[:, None]).int().argmax(-1)
+            assert torch.equal(ids.where(allows.any(-1), 0), first.where(allows.any(-1), 0))
+            assert ((ids >= 0) & (ids < size)).all()
+        assert torch.equal(out[:, :size].double(), wanted)
+        assert (out[:, size:] == -torch.inf).all()
+
+    def test_none(self, passes: ModuleType, size: int, kept: float) -> None:
+        """Rows without masks, and no words at all."""
+        logits, rows = random(2, size, dtype=torch.float32), torch.tensor([1])
+        out = torch.empty(1, size)
+        nothing = torch.empty(0, 0, dtype=torch.int32)
+        ids, values = passes.copy_masked(logits, rows, nothing, torch.tensor([-1]), out)
+        assert torch.equal(out, logits[1:])
+        assert (int(ids), float(values)) == (int(logits[1].argmax()), float(logits[1].max()))
 
 
-def test_masks_too_wide_or_too_narrow_are_refused() -> None:
+def test_masks_too_narrow_and_room_too_small_are_refused() -> None:
     passes = dispatch.load("logits", "native")
-    words = torch.zeros(1, 3, dtype=torch.int32)
+    words, first = torch.zeros(1, 3, dtype=torch.int32), torch.tensor([0])
     with pytest.raises(ValueError, match="3 words"):
-        passes.apply_bitmask(torch.zeros(1, 95), words, torch.tensor([0]))
-    with pytest.raises(ValueError, match="3 words"):
-        passes.masked_argmax(torch.zeros(97), words[0])
+        passes.masked_argmax(torch.zeros(1, 97), first, words, first)
+    with pytest.raises(ValueError, match="1 rows of 96 logits"):
+        passes.copy_masked(torch.zeros(1, 96), first, words, first, torch.zeros(1, 95))
 
 
 @pytest.mark.usefixtures("isa")

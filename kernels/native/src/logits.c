@@ -77,10 +77,12 @@ PS_INLINE vf v_masked(vf v, uint32_t bits) {
 #endif
 }
 
-struct masked_argmax {
+struct masked {
     const void *x;
+    const int64_t *rows, *masks;
     const uint32_t *words;
-    int64_t size, pieces;
+    float *out;
+    int64_t size, stride, word_stride, width, pieces;
     int64_t *ids;
     float *values;
     int type;
@@ -88,94 +90,83 @@ struct masked_argmax {
 
 enum { WORDS_A_PIECE = 1024 };
 
-/* The best of the columns of one piece that the mask allows; the first of equals. */
-PS_INLINE void masked_argmax_piece(const struct masked_argmax *a, int64_t piece, int type) {
-    const int64_t first = piece * WORDS_A_PIECE, left = (a->size + 31) / 32 - first;
+/* The best of the columns of one piece of one row that its mask allows; the first of equals. With `copy` the
+ * masked columns go to `out`, and with the row's last piece -inf for the columns beyond its size. */
+PS_INLINE void masked_piece(const struct masked *m, int64_t task, int type, int copy) {
+    const int64_t n = task / m->pieces, first = task % m->pieces * WORDS_A_PIECE;
+    const int64_t left = (m->size + 31) / 32 - first;
     const int64_t end = first + (left < WORDS_A_PIECE ? left : WORDS_A_PIECE);
+    const char *x = (const char *)m->x + (size_t)(m->rows[n] * m->stride) * size_of(type);
+    const uint32_t *words = m->masks[n] < 0 ? 0 : m->words + m->masks[n] * m->word_stride;
+    float *out = copy ? m->out + n * m->width : 0;
     float best = -INFINITY;
     int64_t word_of_best = first;
     for (int64_t word = first; word < end; word++) {
-        const uint32_t bits = a->words[word];
-        if (!bits)
+        const uint32_t bits = words ? words[word] : 0xffffffffu;
+        if (!copy && !bits)
             continue;
         float here = -INFINITY;
-        if (32 * word + 32 <= a->size) {
+        if (32 * word + 32 <= m->size) {
             vf high = v_set(-INFINITY);
-            for (int part = 0; part < 32; part += PS_LANES)
-                high = v_max(v_masked(t_load(a->x, 32 * word + part, type), bits >> part), high);
+            for (int part = 0; part < 32; part += PS_LANES) {
+                vf v = v_masked(t_load(x, 32 * word + part, type), bits >> part);
+                if (copy)
+                    v_store(out + 32 * word + part, v);
+                high = v_max(v, high);
+            }
             here = v_highest(high);
         } else {
-            for (int64_t i = 32 * word; i < a->size; i++)
-                if (bits >> (i & 31) & 1) {
-                    float v = t_get(a->x, i, type);
-                    here = v > here ? v : here;
-                }
+            for (int64_t i = 32 * word; i < m->size; i++) {
+                float v = bits >> (i & 31) & 1 ? t_get(x, i, type) : -INFINITY;
+                if (copy)
+                    out[i] = v;
+                here = v > here ? v : here;
+            }
         }
         if (here > best) {
             best = here;
             word_of_best = word;
         }
     }
+    if (copy && first + left == end)
+        for (int64_t i = m->size; i < m->width; i++)
+            out[i] = -INFINITY;
     int64_t id = 32 * word_of_best;
-    const int64_t last = id + 32 < a->size ? id + 32 : a->size;
-    const uint32_t bits = a->words[word_of_best];
-    while (id + 1 < last && !((bits >> (id & 31) & 1) && t_get(a->x, id, type) == best))
+    const int64_t last = id + 32 < m->size ? id + 32 : m->size;
+    const uint32_t bits = words ? words[word_of_best] : 0xffffffffu;
+    while (id + 1 < last && !((bits >> (id & 31) & 1) && t_get(x, id, type) == best))
         id++;
-    a->ids[piece] = id;
-    a->values[piece] = best;
+    m->ids[task] = id;
+    m->values[task] = best;
 }
 
-static void masked_argmax_task(void *context, int64_t piece) {
-    const struct masked_argmax *a = context;
-    if (a->type == PS_BF16)
-        masked_argmax_piece(a, piece, PS_BF16);
+static void masked_task(void *context, int64_t task) {
+    const struct masked *m = context;
+    if (m->type == PS_BF16)
+        m->out ? masked_piece(m, task, PS_BF16, 1) : masked_piece(m, task, PS_BF16, 0);
     else
-        masked_argmax_piece(a, piece, PS_F32);
+        m->out ? masked_piece(m, task, PS_F32, 1) : masked_piece(m, task, PS_F32, 0);
 }
 
-/* x [size], words [ceil(size / 32)] -> ids int64 and values float32 of each piece of 32 * WORDS_A_PIECE
- * columns; a value of -inf where it has nothing. size > 0. */
-PS_EXPORT int PS_FN(masked_argmax)(
-    const void *x, const uint32_t *words, int64_t *ids, float *values, int64_t size, int type, int threads) {
-    const int64_t num_words = (size + 31) / 32;
-    struct masked_argmax a = {x, words, size, (num_words + WORDS_A_PIECE - 1) / WORDS_A_PIECE, ids, values, type};
-    ps_parallel(masked_argmax_task, &a, a.pieces, threads);
-    return PS_OK;
-}
-
-struct bitmask {
-    float *x;
-    const uint32_t *words;
-    const int64_t *rows;
-    int64_t size, stride, word_stride;
-};
-
-static void bitmask_row(void *context, int64_t task) {
-    const struct bitmask *m = context;
-    float *x = m->x + m->rows[task] * m->stride;
-    const uint32_t *words = m->words + task * m->word_stride;
-    const int64_t whole = m->size / 32;
-    for (int64_t word = 0; word < whole; word++) {
-        const uint32_t bits = words[word];
-        if (bits == 0xffffffffu)
-            continue;
-        for (int part = 0; part < 32; part += PS_LANES) {
-            float *p = x + 32 * word + part;
-            v_store(p, v_masked(v_load(p), bits >> part));
-        }
+/* The best id and value of each of `count` rows of x [., size], row n being rows[n], a row every `stride`
+ * elements, among the columns whose bit in row masks[n] of `words`, one every `word_stride`, is 1; all where
+ * masks[n] < 0. With `out` [count, width] these columns are copied there, and -inf stands for the others.
+ * ids, values have room for the pieces of 32 * WORDS_A_PIECE columns of all rows; the first `count` are the
+ * results, a value of -inf where a row has nothing. size > 0, without NaN. */
+PS_EXPORT int PS_FN(masked_rows)(
+    const void *x, const int64_t *rows, const int64_t *masks, const uint32_t *words, float *out, int64_t *ids,
+    float *values, int64_t count, int64_t size, int64_t stride, int64_t word_stride, int64_t width, int type,
+    int threads) {
+    const int64_t pieces = ((size + 31) / 32 + WORDS_A_PIECE - 1) / WORDS_A_PIECE;
+    struct masked m = {x, rows, masks, words, out, size, stride, word_stride, width, pieces, ids, values, type};
+    ps_parallel(masked_task, &m, count * pieces, threads);
+    for (int64_t n = 0; n < count; n++) {
+        int64_t best = n * pieces;
+        for (int64_t piece = best + 1; piece < (n + 1) * pieces; piece++)
+            best = values[piece] > values[best] ? piece : best;
+        ids[n] = ids[best];
+        values[n] = values[best];
     }
-    for (int64_t i = 32 * whole; i < m->size; i++)
-        if (!(words[i / 32] >> (i & 31) & 1))
-            x[i] = -INFINITY;
-}
-
-/* x[rows[n], i] = -inf where bit i of words[n] is 0: x rows of `size` columns every `stride`, words [count] rows
- * every `word_stride`; rows int64 [count], distinct. */
-PS_EXPORT int PS_FN(apply_bitmask)(
-    float *x, const uint32_t *words, const int64_t *rows, int64_t count, int64_t size, int64_t stride,
-    int64_t word_stride, int threads) {
-    struct bitmask m = {x, words, rows, size, stride, word_stride};
-    ps_parallel(bitmask_row, &m, count, threads);
     return PS_OK;
 }
 

@@ -72,3 +72,18 @@ void ps_with_team(void (*body)(void *context), void *context, int threads) {
     runtime(take_part, &session, (unsigned)threads, 0);
     leads = 0;
 }
+
+struct calls {
+    void (*task)(int64_t index);
+};
+
+static void call(void *context, int64_t index) {
+    ((const struct calls *)context)->task(index);
+}
+
+/* For tasks that are not the library's. */
+PS_EXPORT int PS_FN(run_tasks)(void (*task)(int64_t index), int64_t count, int threads) {
+    struct calls calls = {task};
+    ps_parallel(call, &calls, count, threads);
+    return PS_OK;
+}
