@@ -12,7 +12,7 @@ import grpc
 import pytest
 import pytest_asyncio
 import torch
-from serving_fixture import PATIENCE_S, Engine, refused, request, running_engine
+from serving_fixture import PATIENCE_S, Engine, refused, request, running_engine, slow
 from transformers import AutoModelForCausalLM
 
 from penstock.engine_service.core_process import COMMAND
@@ -149,22 +149,32 @@ async def test_scores_and_answers_at_once_equal_each_alone(engine: Engine) -> No
         assert one.values == pytest.approx(list(other.values), abs=1e-5)
 
 
-async def test_a_call_that_is_given_up_leaves_nothing(engine: Engine) -> None:
-    running = engine.stub.Score(
-        pb.ScoreRequest(labels=labels([[number, *CONTEXT] for number in range(200)] * 10))
-    )
-    await engine.until(lambda load: load.open_streams)
-    running.cancel()
-    load = await engine.check_idle()
-    assert load.aborted
-    error = await refused(score(engine, 0.05, labels=labels([[1, *CONTEXT]] * 2000)))
-    assert error.reason == "timeout"
-    running = engine.stub.Score(pb.ScoreRequest(labels=labels([[1, *CONTEXT]] * 2000), request_id="mine"))
-    await engine.until(lambda load: load.open_streams)
-    await engine.stub.Abort(pb.AbortRequest(request_ids=["mine"]))
-    with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await running
-    assert from_rpc(caught.value).reason == "client_disconnected"
+async def test_a_call_that_is_given_up_leaves_nothing(tmp_path: Path) -> None:
+    """Of an engine that does not come to its end: another request has the only place."""
+    async with running_engine(tmp_path, max_num_seqs=1) as engine:
+        ahead = engine.stub.Generate(slow())
+        await ahead.read()
+        waiting = labels([[1, *CONTEXT]] * 200)
+
+        async def alone() -> pb.EngineLoad:
+            return await engine.until(lambda load: load.open_streams == 1 and not load.waiting)
+
+        running = engine.stub.Score(pb.ScoreRequest(labels=waiting))
+        await engine.until(lambda load: load.waiting)
+        running.cancel()
+        assert (await alone()).aborted
+        error = await refused(score(engine, 0.05, labels=waiting))
+        assert error.reason == "timeout"
+        await alone()
+        running = engine.stub.Score(pb.ScoreRequest(labels=waiting, request_id="mine"))
+        await engine.until(lambda load: load.waiting)
+        await engine.stub.Abort(pb.AbortRequest(request_ids=["mine"]))
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await running
+        assert from_rpc(caught.value).reason == "client_disconnected"
+        await alone()
+        ahead.cancel()
+        await engine.check_idle()
 
 
 @pytest.mark.parametrize(

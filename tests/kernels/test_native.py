@@ -154,6 +154,7 @@ class TestMasks:
         assert (int(ids), float(values)) == (int(logits[1].argmax()), float(logits[1].max()))
 
 
+@pytest.mark.usefixtures("isa")
 def test_masks_too_narrow_and_room_too_small_are_refused() -> None:
     passes = dispatch.load("logits", "native")
     words, first = torch.zeros(1, 3, dtype=torch.int32), torch.tensor([0])
