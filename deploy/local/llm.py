@@ -27,14 +27,12 @@ from penstock.engine_service.models.sentence_modules import read_prompts
 from penstock.local import model_source, offline
 from penstock.local.offline import Collector
 from penstock.local.offline_constraint import constraint_of
+from penstock.local.offline_prompts import Message, Prompt, as_prompts, as_talks, is_list
 from penstock.local.offline_run import GenerationRun, Outbox
 from penstock.local.offline_text import Text
 from penstock.local.outputs import RequestOutput
 from penstock.local.pooled import Floats, Input, PooledBatches, as_pairs, as_texts, cannot
 from penstock.local.sampling_params import SamplingParams
-
-Prompt = str | Sequence[int] | Mapping[str, Any]
-Message = Mapping[str, Any]
 
 
 class GenerationFailed(RuntimeError):
@@ -146,7 +144,7 @@ class LLM:
         `prompt` or `prompt_token_ids`. Parameters: one for all, or one for each. Raises ValueError before
         anything runs for a prompt or parameter that cannot be served; GenerationFailed when a request fails
         while it runs (the others are finished first)."""
-        listed = _as_prompts(prompts)
+        listed = as_prompts(prompts)
         encoded: list[_Encoded] = []
         for index, prompt in enumerate(listed):
             with _naming(index, len(listed)):
@@ -166,12 +164,16 @@ class LLM:
     ) -> list[RequestOutput]:
         """generate for one conversation or a list of them, through the chat template. Raises ValueError also
         for a model without a template and for messages that it refuses."""
-        talks = [messages] if messages and isinstance(messages[0], Mapping) else messages
+        talks = as_talks(messages)
+        if not isinstance(chat_template_kwargs, Mapping | None):
+            raise ValueError("chat_template_kwargs: must be a mapping")
         encoded: list[_Encoded] = []
         for index, talk in enumerate(talks):
             with _naming(index, len(talks)):
+                if not is_list(talk):
+                    raise ValueError("messages: a conversation is a list of messages")
                 rendered = self._text.render(
-                    talk,  # type: ignore[arg-type]
+                    talk,
                     add_generation_prompt=add_generation_prompt and not continue_final_message,
                     continue_final_message=continue_final_message,
                     tools=tools,
@@ -282,12 +284,14 @@ class LLM:
             unknown = set(prompt) - {"prompt", "prompt_token_ids"}
             if unknown:
                 raise ValueError(f"prompt: {sorted(unknown)[0]!r} is not supported by this version")
-            if "prompt_token_ids" in prompt:
-                return _Encoded(prompt.get("prompt"), list(prompt["prompt_token_ids"]))
             given = prompt.get("prompt")
+            if "prompt_token_ids" in prompt:
+                if not is_list(prompt["prompt_token_ids"]):
+                    raise ValueError("prompt: prompt_token_ids must be a list of token ids")
+                return _Encoded(prompt.get("prompt"), list(prompt["prompt_token_ids"]))
         if isinstance(given, str):
             return _Encoded(given, self._text.encode(given, add_special_tokens=True))
-        if isinstance(given, Mapping) or not isinstance(given, Sequence):
+        if not is_list(given):
             raise ValueError("prompt: a string, a list of token ids or a mapping")
         return _Encoded(None, list(given))
 
@@ -353,6 +357,8 @@ class LLM:
             given = self.get_default_sampling_params()
         if isinstance(given, SamplingParams):
             return [given] * count
+        if not is_list(given) or not all(isinstance(own, SamplingParams) for own in given):
+            raise ValueError("sampling_params: SamplingParams, or a list of them")
         if len(given) != count:
             raise ValueError(f"sampling_params: {len(given)} for {count} prompts")
         return given
@@ -370,14 +376,3 @@ def _naming(index: int, count: int) -> Iterator[None]:
         yield
     except ValueError as error:
         raise (ValueError(f"{error} (prompt {index})") if count > 1 else error) from None
-
-
-def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
-    """A single prompt becomes a list of one; a list of numbers is one prompt."""
-    if isinstance(prompts, str | Mapping):
-        return [prompts]
-    if not isinstance(prompts, Sequence):
-        raise ValueError("prompts: a prompt or a list of them")
-    if prompts and isinstance(prompts[0], int):
-        return [prompts]  # type: ignore[list-item]
-    return prompts  # type: ignore[return-value]

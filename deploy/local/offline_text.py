@@ -49,13 +49,19 @@ class Text:
         return self.vocabulary.tokenizer
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        return self._loaded.encode_prompt(text, add_special_tokens)
+        try:
+            return self._loaded.encode_prompt(text, add_special_tokens)
+        except TypeError:  # all that the library says of such a text
+            raise ValueError("prompt: the text holds half of a character") from None
 
     def encode_rows(self, texts: Sequence[str], others: Sequence[str], truncate: int | None) -> list[Encoded]:
         """With special tokens, each text alone, or with the one at its place in `others`; the first
-        `truncate` ids."""
+        `truncate` ids. Raises ValueError for a text that is not Unicode."""
         options = EncodeOptions(truncate=truncate, keep_last=False)
-        return self._loaded.encode(texts, others, options)
+        try:
+            return self._loaded.encode(texts, others, options)
+        except TypeError:  # all that the library says of such a text
+            raise ValueError("a text holds half of a character") from None
 
     def encode_word(self, word: str) -> list[list[int]]:
         """The id sequences that spell a word, at the start of a text and after a space."""

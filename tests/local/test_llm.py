@@ -294,6 +294,12 @@ def test_chat_goes_through_the_template(llm: LLM) -> None:
         (["x"], SamplingParams(stop_token_ids=[272]), "stop_token_ids"),
         (["x"], SamplingParams(logit_bias={272: 1}), "logit_bias"),
         (["x", "y"], [SamplingParams()], "sampling_params"),
+        (["x"], {"temperature": 0}, "sampling_params"),
+        (["x"], [{"temperature": 0}], "sampling_params"),
+        (["x"], 5, "sampling_params"),
+        (b"x", SamplingParams(), "prompts"),
+        ([{"prompt_token_ids": 5}], SamplingParams(), "prompt"),
+        (["x\ud83d"], SamplingParams(), "prompt: the text holds half of a character"),
     ],
 )
 def test_what_cannot_be_served_is_refused_before_anything_runs(
@@ -303,6 +309,14 @@ def test_what_cannot_be_served_is_refused_before_anything_runs(
     with pytest.raises(ValueError, match=rf"\A{named}"):
         _generate(llm, prompts, params)
     assert llm._loop.load().steps == steps
+
+
+@pytest.mark.parametrize("messages", [5, None, "hi", [5], ["hi"], [[5]], [{"role": "user", "content": 5}]])
+def test_what_is_no_conversation_is_refused(llm: LLM, messages: Any) -> None:
+    with pytest.raises(ValueError, match=r"\Amessages"):
+        llm.chat(messages, GREEDY, use_tqdm=False)
+    with pytest.raises(ValueError, match=r"\Achat_template_kwargs"):
+        llm.chat([{"role": "user", "content": "hi"}], GREEDY, chat_template_kwargs=messages or 1)
 
 
 def test_the_prompt_at_fault_is_told(llm: LLM) -> None:

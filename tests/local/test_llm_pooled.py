@@ -105,6 +105,13 @@ def test_long_texts_are_cut_only_on_request(embedder: LLM) -> None:
         (["a", None], {}, "texts: entry 1"),
         ([[300]], {}, "outside the vocabulary"),
         (["a"], {"dimensions": 16}, "dimensions"),
+        (["a"], {"dimensions": "16"}, "dimensions: must be a whole number"),
+        (["a"], {"normalize": "no"}, "normalize"),
+        (["a"], {"prompt": 5}, "prompt: "),
+        (b"a", {}, "texts: a text"),
+        ([[True]], {}, "texts: entry 0"),
+        (["a\ud83d"], {}, "half of a character"),
+        (["a"], {"truncate_prompt_tokens": "5"}, "truncate_prompt_tokens: must be a whole number"),
         (["a"], {"pooling": "max"}, "pooling"),
         (["a"], {"prompt_name": "query"}, "prompt_name"),
         (["a"], {"truncate_prompt_tokens": 65}, "truncate_prompt_tokens"),
@@ -113,6 +120,21 @@ def test_long_texts_are_cut_only_on_request(embedder: LLM) -> None:
 def test_bad_input(embedder: LLM, texts: Any, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         embedder.embed(texts, use_tqdm=False, **options)
+
+
+@pytest.mark.parametrize(
+    ("text_1", "text_2", "named"),
+    [
+        (5, "a", "text_1"),
+        ("a", {"text": "b"}, "text_2"),
+        ("a", b"b", "text_2"),
+        ("a", [["b"]], "text_2"),
+        (["a", "b"], ["c"], "text_2"),
+    ],
+)
+def test_what_is_no_pair_is_refused(embedder: LLM, text_1: Any, text_2: Any, named: str) -> None:
+    with pytest.raises(ValueError, match=rf"\A{named}: "):
+        embedder.score(text_1, text_2, use_tqdm=False)
 
 
 def test_a_text_that_fails_is_named(embedder: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
