@@ -111,7 +111,8 @@ class LoadedTokenizer:
             answers += [self._answer(given, row, options) for given, row in zip(group, rows, strict=True)]
         return answers
 
-    def _answer(self, given: Input, row: tokenizers.Encoding, options: EncodeOptions) -> Encoded:
+    def _answer(self, given: Input, whole: tokenizers.Encoding, options: EncodeOptions) -> Encoded:
+        row: tokenizers.Encoding | _Row = whole
         if options.truncate is not None and len(row) > options.truncate:
             row = self._truncated(given, options)
         if options.max_tokens and len(row) > options.max_tokens:
@@ -176,7 +177,7 @@ class LoadedTokenizer:
         encode = self._tokenizer.encode_batch if offsets else self._tokenizer.encode_batch_fast
         return encode(list(inputs), add_special_tokens=special)
 
-    def _truncated(self, given: Input, options: EncodeOptions) -> tokenizers.Encoding:
+    def _truncated(self, given: Input, options: EncodeOptions) -> tokenizers.Encoding | _Row:
         """Cuts the text, not the special tokens around it; of a pair the longer side first."""
         limit = options.truncate or 0
         direction = "left" if options.keep_last else "right"
@@ -190,8 +191,43 @@ class LoadedTokenizer:
             return whole
         for part, keep in zip(parts, _shares([len(part) for part in parts], room), strict=True):
             part.truncate(keep, direction=direction)
-        pair = parts[1] if len(parts) > 1 else None
-        return self._tokenizer.post_process(parts[0], pair, options.add_special_tokens)
+        if len(parts) > 1:
+            return self._joined(parts, options)
+        return self._tokenizer.post_process(parts[0], None, options.add_special_tokens)
+
+    def _joined(self, parts: list[tokenizers.Encoding], options: EncodeOptions) -> _Row:
+        """Two cut sides with what stands around them. The library would also join each piece that was cut off
+        one side with each of the other's, for minutes where little is kept of much."""
+        (frame,) = self._encode([("a", "a")], options.add_special_tokens, options.offsets)
+        rows = [self._tokenizer.post_process(part, None, False) for part in parts]
+        joined, placed = _Row(), set[int]()
+        for place, side in enumerate(frame.sequence_ids):
+            if side is None:
+                joined.add(frame, slice(place, place + 1), frame.type_ids[place])
+            elif side not in placed:
+                placed.add(side)
+                joined.add(rows[side], slice(None), frame.type_ids[place])
+        return joined
+
+
+class _Row:
+    """As much of an encoding as answers have."""
+
+    def __init__(self) -> None:
+        self.ids: list[int] = []
+        self.type_ids: list[int] = []
+        self.offsets: list[tuple[int, int]] = []
+        self.tokens: list[str] = []
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def add(self, source: tokenizers.Encoding, places: slice, type_id: int) -> None:
+        ids = source.ids[places]
+        self.ids += ids
+        self.type_ids += [type_id] * len(ids)
+        self.offsets += source.offsets[places]
+        self.tokens += source.tokens[places]
 
 
 def load(files: TokenizerFiles) -> LoadedTokenizer:
@@ -242,7 +278,7 @@ def _shares(lengths: list[int], room: int) -> list[int]:
     return [room - shorter, shorter] if first > second else [shorter, room - shorter]
 
 
-def _encoded(row: tokenizers.Encoding, paired: bool, options: EncodeOptions) -> Encoded:
+def _encoded(row: tokenizers.Encoding | _Row, paired: bool, options: EncodeOptions) -> Encoded:
     answer = Encoded(row.ids)
     if paired:
         answer.type_ids = row.type_ids

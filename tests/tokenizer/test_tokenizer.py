@@ -87,6 +87,17 @@ def test_truncation_equals_transformers(
         assert rows == theirs
 
 
+def test_little_is_kept_of_long_pairs_in_no_time(tokenizer: LoadedTokenizer) -> None:
+    """What was cut off both sides must not be joined piece by piece: a million of them here."""
+    long = "hello world " * 3000
+    brief, cut = (
+        tokenizer.encode([text], [text], EncodeOptions(truncate=10, keep_last=False))[0]
+        for text in ("hello world " * 12, long)
+    )
+    assert len(cut.ids) == 10
+    assert (cut.ids, cut.type_ids) == (brief.ids, brief.type_ids)
+
+
 def test_truncated_pairs_keep_both_sides(tokenizer: LoadedTokenizer) -> None:
     long, short = "word " * 50, "hi"
     (row,) = tokenizer.encode([long], [short], EncodeOptions(truncate=20, keep_last=False))
