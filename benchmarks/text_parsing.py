@@ -34,15 +34,22 @@ XML = (
     "<parameter=count>\n3\n</parameter>\n</function>"
 )
 GLM = f"write\n<arg_key>text</arg_key>\n<arg_value>{PROSE[:1200]}</arg_value>\n"
+INVOKE = (
+    f'<invoke name="write">\n<parameter name="text">{PROSE[:1200]}</parameter>\n'
+    '<parameter name="count">3</parameter>\n</invoke>'
+)
+KIMI = f"<|tool_call_begin|>functions.write:0<|tool_call_argument_begin|>{json.dumps(ARGUMENTS)}"
+CHANNEL, NEXT = "<|channel|>", "<|end|><|start|>assistant"
+HARMONY = f"{CHANNEL}commentary to=functions.write <|constrain|>json<|message|>{json.dumps(ARGUMENTS)}"
 PYTHONIC = f"[write(text={PROSE[:1200]!r}, count=3)]"
 
 Make = Callable[[], MessageParser | None]
 
 
-def message(tools: str | None, reasoning: bool = False) -> Make:
+def message(tools: str | None, reasoning: str | None = None) -> Make:
     def make() -> MessageParser:
         return MessageParser(
-            REASONING_PARSERS["qwen3"].parser(inside=False) if reasoning else None,
+            REASONING_PARSERS[reasoning].parser(inside=False) if reasoning else None,
             TOOL_PARSERS[tools](TOOLS) if tools else None,
         )
 
@@ -51,17 +58,25 @@ def message(tools: str | None, reasoning: bool = False) -> Make:
 
 CASES: dict[str, tuple[str, Make]] = {
     "detokenizing alone": (PROSE, lambda: None),
-    "reasoning": (f"<think>\n{PROSE}\n</think>\n", message(None, reasoning=True)),
-    "answer after reasoning": (f"<think>\nHm.\n</think>\n\n{PROSE}", message(None, reasoning=True)),
+    "reasoning": (f"<think>\n{PROSE}\n</think>\n", message(None, reasoning="qwen3")),
+    "answer after reasoning": (f"<think>\nHm.\n</think>\n\n{PROSE}", message(None, reasoning="qwen3")),
     **{f"text, {name}": (PROSE, message(name)) for name in ("hermes", "mistral", "qwen3_xml", "deepseek_v3")},
     "text, llama3_json": (PROSE, message("llama3_json")),
-    "text, reasoning and hermes": (f"<think>\nHm.\n</think>\n\n{PROSE}", message("hermes", reasoning=True)),
+    "reasoning, harmony": (f"{CHANNEL}analysis<|message|>{PROSE}{NEXT}", message(None, reasoning="harmony")),
+    "answer, harmony": (f"{CHANNEL}final<|message|>{PROSE}", message("harmony", reasoning="harmony")),
+    "text, reasoning and hermes": (
+        f"<think>\nHm.\n</think>\n\n{PROSE}",
+        message("hermes", reasoning="qwen3"),
+    ),
     "call, hermes": (f"<tool_call>\n{CALL}\n</tool_call>", message("hermes")),
     "call, llama3_json": (CALL.replace("arguments", "parameters"), message("llama3_json")),
     "call, mistral": (f"[TOOL_CALLS][{CALL}]", message("mistral")),
     "call, pythonic": (PYTHONIC, message("pythonic")),
     "call, qwen3_xml": (f"<tool_call>\n{XML}\n</tool_call>", message("qwen3_xml")),
     "call, glm": (f"<tool_call>{GLM}</tool_call>", message("glm")),
+    "call, minimax_m2": (f"<minimax:tool_call>\n{INVOKE}\n</minimax:tool_call>", message("minimax_m2")),
+    "call, kimi_k2": (f"<|tool_calls_section_begin|>{KIMI}", message("kimi_k2")),
+    "call, harmony": (HARMONY, message("harmony", reasoning="harmony")),
 }
 
 
