@@ -23,6 +23,12 @@ HEADERS = [
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),
 ]
+# U+0085, U+2028 and U+2029 in UTF-8, and as JSON has them escaped.
+_LINE_ENDS = (
+    (b"\xc2\x85", b"\\u0085"),
+    (b"\xe2\x80\xa8", b"\\u2028"),
+    (b"\xe2\x80\xa9", b"\\u2029"),
+)
 # One hand-over to the transport. It writes all it is given, so pieces bound what waits in its buffer.
 _PIECE_BYTES = 64 * 1024
 
@@ -33,6 +39,15 @@ log = logging.getLogger("penstock.frontend.sse")
 
 def frame(value: Any) -> bytes:
     return b"data: " + orjson.dumps(value) + b"\n\n"
+
+
+def _on_one_line(data: bytes) -> bytes:
+    """Frames in which no character ends a line for readers that split text as Python and JavaScript once did
+    (httpx's `iter_lines` among them). Outside JSON's strings a frame is ASCII, so each can be an escape."""
+    if b"\xe2" in data or b"\xc2" in data:  # of one byte a search is fast
+        for raw, escape in _LINE_ENDS:
+            data = data.replace(raw, escape)
+    return data
 
 
 def error_frames(error: ApiError) -> bytes:
@@ -156,6 +171,8 @@ class SseStream:
         if self._finishing:
             return
         self._quiet = 0
+        if not data.isascii():
+            data = _on_one_line(data)
         if self._parked or self._connection is None:
             self._hold(data)
         elif self._unwritten:
@@ -178,6 +195,8 @@ class SseStream:
         """The last bytes of the body. Later writes are dropped."""
         if self._finishing:
             return
+        if not data.isascii():
+            data = _on_one_line(data)
         data, self._unwritten = self._unwritten + data, b""
         if self._parked or not self._writable():
             self._hold(data)

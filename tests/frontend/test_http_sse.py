@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from typing import Any
 
 import pytest
 
-from penstock.frontend.sse import KEEP_ALIVE, SseStream, StreamLimits, WriteBatch
+from penstock.frontend.sse import KEEP_ALIVE, SseStream, StreamLimits, WriteBatch, frame
 
 
 class Link:
@@ -72,6 +73,23 @@ async def test_writes_go_out_within_a_turn_of_the_loop() -> None:
     stream.write(b"late")
     stream.finish(b"late")
     assert link.text == b"abc"
+
+
+async def test_a_frame_is_one_line_for_whatever_splits_lines() -> None:
+    text = 'a\u2028b\u2029c\u0085d\\\u2028"é日😀\r\n\x0b\x0c\x1c'
+    link = Link()
+    stream = open_stream(link)
+    stream.write(frame({"before": text}))
+    await stream.start([])
+    stream.write(frame({"text": text}))
+    stream.finish(frame({"last": text}))
+    assert await stream.ended()
+    lines = [line for line in link.text.decode().splitlines() if line]
+    assert [json.loads(line.removeprefix("data: ")) for line in lines] == [
+        {"before": text},
+        {"text": text},
+        {"last": text},
+    ]
 
 
 async def test_what_comes_before_the_start_waits_for_it() -> None:
