@@ -21,8 +21,11 @@ if TYPE_CHECKING:
 Matchers = list[tuple["LLMatcher", int]]
 
 _MOST_THREADS = 16
-# Of one thread's time, before others are called in.
-_ALONE_NS = 150_000
+# What one thread does before it looks how long the rest would take it, and what that must be for others to be
+# called in: a team costs more to call than threads of our own, and has Python's lock to pass around.
+_ALONE_NS = 50_000
+_WORTH_TEAM_NS = 500_000
+_WORTH_EXECUTOR_NS = 100_000
 
 
 class MaskFiller:
@@ -32,13 +35,15 @@ class MaskFiller:
     def __init__(self, device: torch.device) -> None:
         self._executor: LLExecutor | None = None
         self._share = _team() if device.type == "cpu" else None
+        self._worth_ns = _WORTH_EXECUTOR_NS if self._share is None else _WORTH_TEAM_NS
 
     def fill(self, matchers: Matchers, room: Words) -> None:
         """The mask of each matcher into its row of `room` [N, M]; what is wrong with one is its own error."""
         pointer, size = room.ctypes.data, room.shape[1] * room.itemsize
         waiting = iter(matchers)
-        left = len(matchers) - _fill_for(waiting, pointer, size, _ALONE_NS)
-        if left > 1:
+        done, taken_ns = _fill_for(waiting, pointer, size, _ALONE_NS)
+        left = len(matchers) - done
+        if left > 1 and left * taken_ns >= done * self._worth_ns:
             if self._share is not None:
                 self._share(lambda: _fill_all(waiting, pointer, size))
             else:
@@ -53,16 +58,19 @@ class MaskFiller:
         return self._executor
 
 
-def _fill_for(waiting: Iterator[tuple[LLMatcher, int]], pointer: int, size: int, nanoseconds: int) -> int:
-    """Fills masks until the time is over; how many."""
-    end = time.perf_counter_ns() + nanoseconds
-    done = 0
+def _fill_for(
+    waiting: Iterator[tuple[LLMatcher, int]], pointer: int, size: int, limit_ns: int
+) -> tuple[int, int]:
+    """Fills masks until the time is over; how many, and how long it took."""
+    start = time.perf_counter_ns()
+    done = taken_ns = 0
     for matcher, place in waiting:
         matcher.unsafe_compute_mask_ptr(pointer + place * size, size)
         done += 1
-        if time.perf_counter_ns() >= end:
+        taken_ns = time.perf_counter_ns() - start
+        if taken_ns >= limit_ns:
             break
-    return done
+    return done, taken_ns
 
 
 def _fill_all(waiting: Iterator[tuple[LLMatcher, int]], pointer: int, size: int) -> None:

@@ -38,6 +38,8 @@ def two_threads() -> Iterator[None]:
 @pytest.mark.parametrize("count", [0, 1, 2, 13])
 def test_each_gets_its_own(alone_ns: int, device: str, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mask_fill, "_ALONE_NS", alone_ns)
+    for name in ("_WORTH_TEAM_NS", "_WORTH_EXECUTOR_NS"):
+        monkeypatch.setattr(mask_fill, name, 0)
     compiled = [COMPILER.compile(grammar_of(grammar)) for grammar in GRAMMARS]
     matchers = [compiled[number % len(compiled)].deep_copy() for number in range(count)]
     wanted = [np.frombuffer(matcher.deep_copy().compute_bitmask(), np.int32) for matcher in matchers]
