@@ -1,4 +1,4 @@
-"""Linear layers over bfloat16 weights in the layout that the processor's pair products read."""
+"""Linear layers over float32 and bfloat16 weights in the layout that the processor's products read."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ def suits(weight: Tensor) -> bool:
 
 def prepare(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
     """Copies weight [outputs, columns] into its own layout; drop the original. bias [outputs] or None, in the
-    weight's dtype, which is bfloat16.
+    weight's dtype, which is float32 or bfloat16.
 
-    The function returned takes x [n, columns] bfloat16, whose rows may be strided, and gives [n, outputs]:
-    sums in float32, rounded once, after the bias. Of the native one a row's result depends neither on the
-    rows beside it nor on the number of threads, bit for bit. Raises ValueError for what does not fit.
+    The function returned takes x [n, columns] of that dtype, whose rows may be strided, and gives
+    [n, outputs]: sums in float32, rounded once, after the bias. Of the native one a row's result depends
+    neither on the rows beside it nor on the number of threads, bit for bit. Raises ValueError for what does
+    not fit.
     """
     linear: Callable[[Tensor], Tensor] = implementation("linear", weight.device.type).prepare(weight, bias)
     return linear

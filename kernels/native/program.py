@@ -31,6 +31,7 @@ from penstock.kernels.native.library import (
 
 # As the kinds of program.c.
 GATHER, NORM, LINEAR, INT8_LINEAR, ROTATE_AND_WRITE, PAGED_ATTENTION, SILU_MUL, ARGMAX = range(8)
+VARLEN_ATTENTION, GELU_MUL, GELU = range(8, 11)
 
 _FUNCTIONS = {
     NORM: "norm",
@@ -40,8 +41,12 @@ _FUNCTIONS = {
     PAGED_ATTENTION: "paged_attention",
     SILU_MUL: "silu_mul",
     ARGMAX: "argmax",
+    VARLEN_ATTENTION: "varlen_attention",
+    GELU_MUL: "gelu_mul",
+    GELU: "gelu",
 }
-_OPS = ("activation", "kv_write", "logits", "norm", "paged_attention")
+_OPS = ("activation", "kv_write", "logits", "norm", "paged_attention", "varlen_attention")
+_MOST_DIMS = 256  # of a head in varlen attention
 _TILE, _TILED_DIMS = 16, 4  # of a cache, see kv_write/native.py
 # Rows that lie a multiple of so many bytes apart share places in the first cache, see linear/native.py.
 _SAME_SET, _APART_FROM, _APART = 4096, 64, 64
@@ -164,6 +169,14 @@ class Program:
         self.add(NORM, rows, (x, residual, weight, None, out), (x.shape[1], 0, self._kind), (eps,))
         return out
 
+    def layer_norm(
+        self, x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+    ) -> None:
+        """residual = norm(residual + x)"""
+        self._fits(x, residual, weight, bias)
+        tensors = (x, residual, weight, bias, residual)
+        self.add(NORM, self.rows_of(x), tensors, (x.shape[1], 1, self._kind), (eps,))
+
     def linear(self, linear: object, x: Tensor, name: str) -> Tensor:
         """Raises NotRecordable for a linear that is not the native library's."""
         if not isinstance(linear, RecordableLinear):
@@ -221,10 +234,46 @@ class Program:
         )  # fmt: skip
         return out
 
+    def varlen_attention(
+        self,
+        heads: Tensor,
+        starts: Tensor,
+        num_heads: int,
+        reach: int | None = None,
+        bias: Tensor | None = None,
+    ) -> Tensor:
+        """heads [tokens, 3 * num_heads * head_dim]; starts: where each sequence begins and the last ends,
+        int32 [sequences + 1]. Tokens see `reach` to both sides; bias: see varlen_attention."""
+        width = heads.shape[1] // 3
+        dim = width // num_heads
+        out = self.buffer("attended", width, rows=self.rows_of(heads))
+        if dim > _MOST_DIMS or dim % 2 or (bias is not None and bias.dtype is not torch.float32):
+            raise NotRecordable(f"attention of {dim} dimensions a head")
+        far, biased = -1 if reach is None else reach, 0 if bias is None else bias.shape[1] // 2
+        self.add(
+            VARLEN_ATTENTION,
+            SEQUENCES,
+            (heads, heads[:, width:], heads[:, 2 * width :], out, starts, bias),
+            (heads.shape[1], num_heads, num_heads, dim, far, far, biased, self._kind),
+            (dim**-0.5,),
+        )
+        return out
+
     def silu_mul(self, gate_up: Tensor) -> Tensor:
+        return self._gated(SILU_MUL, gate_up)
+
+    def gelu_mul(self, gate_up: Tensor) -> Tensor:
+        return self._gated(GELU_MUL, gate_up)
+
+    def gelu(self, x: Tensor) -> Tensor:
+        """In place."""
+        self.add(GELU, self.rows_of(x), (x, x), (x.shape[1], self._kind))
+        return x
+
+    def _gated(self, kind: int, gate_up: Tensor) -> Tensor:
         size, rows = gate_up.shape[1] // 2, self.rows_of(gate_up)
         out = self.buffer("activated", size, rows=rows, apart=True)
-        self.add(SILU_MUL, rows, (gate_up, out), (size, out.stride(0), self._kind))
+        self.add(kind, rows, (gate_up, out), (size, out.stride(0), self._kind))
         return out
 
     def argmax(self, logits: Tensor) -> tuple[Tensor, Tensor]:

@@ -36,7 +36,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "kv_write.c": ("generic", "avx2", "avx512", "avx512bf16"),
     "attention.c": ("generic", "avx2", "avx512", "avx512bf16"),
     "varlen.c": ("generic", "avx2", "avx512", "avx512bf16"),
-    "linear.c": ("avx512bf16",),
+    "linear.c": ("avx512", "avx512bf16"),
     "logits.c": ("generic", "avx2", "avx512"),
     "int8.c": ("avx2", "avx512vnni"),
 }

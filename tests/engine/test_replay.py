@@ -116,7 +116,9 @@ def replays(dtype: torch.dtype, quantization: str) -> bool:
         return False
     if quantization == "int8":
         return opened.isa in ("avx2", "avx512vnni", "avx512bf16")
-    return dtype is torch.bfloat16 and opened.isa == "avx512bf16"
+    if dtype is torch.float32:
+        return opened.isa.startswith(("avx512", "amx"))
+    return opened.isa == "avx512bf16"
 
 
 @pytest.fixture(scope="module")

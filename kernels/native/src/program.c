@@ -7,7 +7,10 @@
 
 #include <string.h>
 
-enum { GATHER, NORM, LINEAR, INT8_LINEAR, ROTATE_AND_WRITE, PAGED_ATTENTION, SILU_MUL, ARGMAX };
+enum {
+    GATHER, NORM, LINEAR, INT8_LINEAR, ROTATE_AND_WRITE, PAGED_ATTENTION, SILU_MUL, ARGMAX, VARLEN_ATTENTION, GELU_MUL,
+    GELU
+};
 enum { MOST_POINTERS = 7, MOST_NUMBERS = 10, MOST_FLOATS = 2 };
 
 /* As Call in program.py. */
@@ -33,7 +36,7 @@ static int gather(const struct call *c, int64_t rows) {
 typedef int (*norm_fn)(
     const void *, void *, const void *, const void *, void *, int64_t, int64_t, float, int, int, int);
 typedef int (*linear_fn)(
-    const void *, int64_t, const void *, const void *, void *, int64_t, int64_t, int64_t, int);
+    const void *, int64_t, const void *, const void *, void *, int64_t, int64_t, int64_t, int, int);
 typedef int (*int8_linear_fn)(
     const void *, int64_t, const void *, const float *, const float *, void *, void *, int64_t, int64_t, int64_t,
     int, int);
@@ -43,7 +46,11 @@ typedef int (*rotate_and_write_fn)(
 typedef int (*paged_attention_fn)(
     const void *, const void *, void *, const int64_t *, const int64_t *, const int64_t *, int64_t, int64_t,
     int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, float, float, const float *, int, int);
-typedef int (*silu_mul_fn)(const void *, void *, int64_t, int64_t, int64_t, int, int);
+typedef int (*varlen_attention_fn)(
+    const void *, const void *, const void *, void *, const int32_t *, const float *, int64_t, int64_t, int64_t,
+    int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, float, int, int);
+typedef int (*gated_fn)(const void *, void *, int64_t, int64_t, int64_t, int, int);
+typedef int (*gelu_fn)(const void *, void *, int64_t, int64_t, int, int);
 typedef int (*argmax_fn)(const void *, int64_t *, float *, int64_t, int64_t, int64_t, int, int);
 
 static int run_call(const struct call *c, int64_t rows, int threads) {
@@ -56,7 +63,7 @@ static int run_call(const struct call *c, int64_t rows, int threads) {
         return ((norm_fn)c->function)(
             p[0], p[1], p[2], p[3], p[4], rows, n[0], c->f[0], (int)n[1], (int)n[2], threads);
     case LINEAR:
-        return ((linear_fn)c->function)(p[0], n[0], p[1], p[2], p[3], rows, n[1], n[2], threads);
+        return ((linear_fn)c->function)(p[0], n[0], p[1], p[2], p[3], rows, n[1], n[2], (int)n[3], threads);
     case INT8_LINEAR:
         return ((int8_linear_fn)c->function)(
             p[0], n[0], p[1], p[2], p[3], p[4], p[5], rows, n[1], n[2], (int)n[3], threads);
@@ -68,8 +75,15 @@ static int run_call(const struct call *c, int64_t rows, int threads) {
         return ((paged_attention_fn)c->function)(
             p[0], p[1], p[2], p[3], p[4], p[5], n[0], n[1], rows, n[2], n[3], n[4], n[5], n[6], n[7], c->f[0],
             c->f[1], p[6], (int)n[8], threads);
+    case VARLEN_ATTENTION: /* query, key and value lie in one row */
+        return ((varlen_attention_fn)c->function)(
+            p[0], p[1], p[2], p[3], p[4], p[5], n[0], n[0], n[0], rows, n[1], n[2], n[3], n[4], n[5], n[6], c->f[0],
+            (int)n[7], threads);
     case SILU_MUL:
-        return ((silu_mul_fn)c->function)(p[0], p[1], rows, n[0], n[1], (int)n[2], threads);
+    case GELU_MUL:
+        return ((gated_fn)c->function)(p[0], p[1], rows, n[0], n[1], (int)n[2], threads);
+    case GELU:
+        return ((gelu_fn)c->function)(p[0], p[1], rows, n[0], (int)n[1], threads);
     case ARGMAX:
         return ((argmax_fn)c->function)(p[0], p[1], p[2], rows, n[0], n[1], (int)n[2], threads);
     }
