@@ -11,11 +11,13 @@ from torch import Tensor
 
 from penstock.engine_service.models.encoder_config import EncoderSpec
 from penstock.engine_service.models.encoder_names import EncoderNames
+from penstock.engine_service.models.encoder_replay import EncoderReplay
 from penstock.engine_service.models.layers import LayerNorm
 from penstock.engine_service.models.loader import Loader
 from penstock.engine_service.models.pooled import VarlenBatch
 from penstock.engine_service.models.rope import RopeSpec, tables
 from penstock.kernels.activation import gelu, gelu_mul, relu, silu_mul
+from penstock.kernels.native.program import NotRecordable, Program
 from penstock.kernels.rope import rope
 from penstock.kernels.varlen_attention import varlen_attention
 
@@ -28,6 +30,11 @@ _GATED: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": gelu_mul,
     "gelu_tanh": lambda x: gelu_mul(x, tanh=True),
     "silu": silu_mul,
+}
+_RECORDED: dict[str, Callable[[Program, Tensor], Tensor]] = {"gelu": Program.gelu}
+_RECORDED_GATED: dict[str, Callable[[Program, Tensor], Tensor]] = {
+    "gelu": Program.gelu_mul,
+    "silu": Program.silu_mul,
 }
 _BUCKETS, _FARTHEST = 32, 128  # of MPNet's relative positions
 
@@ -63,6 +70,9 @@ class Encoder:
         if spec.norm_before:
             norm = loader.under(names.final_norm)
             self._final_norm = LayerNorm(norm, hidden, spec.norm_eps, bias=spec.norm_bias)
+        self._replay = None
+        if loader.backend.device.type == "cpu":
+            self._replay = EncoderReplay(self.record, hidden, spec.intermediate_size, loader.weights.dtype)
 
     def __call__(self, batch: VarlenBatch) -> Tensor:
         """Hidden states [tokens, hidden] after the last norm."""
@@ -73,6 +83,10 @@ class Encoder:
             # Of one type all tokens are, whatever a tokenizer numbers.
             x = x + (self._types[batch.token_type_ids] if len(self._types) > 1 else self._types)
         x = self._norm(x)
+        if self._replay is not None:
+            replayed = self._replay(x, batch)
+            if replayed is not None:
+                return replayed
         turns = {
             kind: (cos[batch.positions], sin[batch.positions]) for kind, (cos, sin) in self._ropes.items()
         }
@@ -84,6 +98,13 @@ class Encoder:
         for layer in self._layers:
             added = layer.norm_before(added, residual, batch, turns)
         return residual if added is None else self._final_norm.after(added, residual)
+
+    def record(self, program: Program, hidden: Tensor, starts: Tensor) -> None:
+        """Writes down what the layers make of the first norm's result, in its place. Raises NotRecordable."""
+        if self._final_norm is not None or self._ropes:
+            raise NotRecordable("norms before the layers, or a rotation")
+        for layer in self._layers:
+            layer.record(program, hidden, starts)
 
 
 class _Layer:
@@ -103,6 +124,7 @@ class _Layer:
         norm = loader.under(names.mlp_norm)
         self._mlp_norm = LayerNorm(norm, hidden, spec.norm_eps, bias=spec.norm_bias)
         self._activation = (_GATED if spec.gated else _PLAIN)[spec.activation]
+        self._recorded = (_RECORDED_GATED if spec.gated else _RECORDED).get(spec.activation)
         self._heads, self._head_dim = spec.num_heads, spec.head_dim
         self._reach = spec.windows[index] if spec.windows else None
         self._rope: RopeSpec | None = spec.ropes[index] if spec.ropes else None
@@ -122,6 +144,16 @@ class _Layer:
         x = residual if self._attention_norm is None else self._attention_norm.after(added, residual)
         x = self._mlp_norm.after(self._attend(x, batch, turns), residual)
         return self._feed_forward(x)
+
+    def record(self, program: Program, x: Tensor, starts: Tensor) -> None:
+        """Writes norm_after down; its result replaces x."""
+        if self._recorded is None or self._attention_norm is None:
+            raise NotRecordable("an activation that the native library does not have")
+        heads = program.linear(self._qkv, x, "heads")
+        out = program.varlen_attention(heads, starts, self._heads, self._reach, self._bias)
+        self._attention_norm.record_after(program, program.linear(self._output, out, "projected"), x)
+        up = self._recorded(program, program.linear(self._up, x, "up"))
+        self._mlp_norm.record_after(program, program.linear(self._down, up, "projected"), x)
 
     def _attend(self, x: Tensor, batch: VarlenBatch, turns: dict[RopeSpec, Rotation]) -> Tensor:
         count = self._heads

@@ -31,6 +31,10 @@ class LayerNorm:
             return self(residual)
         return add_layer_norm(x, residual, self._weight, self._bias, self._eps)
 
+    def record_after(self, program: Program, x: Tensor, residual: Tensor) -> None:
+        """Writes down that the norm of residual + x replaces the residual."""
+        program.layer_norm(x, residual, self._weight, self._bias, self._eps)
+
 
 class HeadNorm:
     """Weights of the RMS norm of each query and key head (Qwen3), and its epsilon."""
