@@ -28,6 +28,7 @@ T = TypeVar("T")
 MAX_CALL_INPUTS = 128
 MAX_CALL_CHARS = 65_536
 _NUMBERED = re.compile(r"^(Input|Prompt|Document) (\d+)\b")
+_PLACE = re.compile(r"\[(\d+)\]\Z")
 _ID_CHARS = 4  # a token stands for about so many characters
 MAX_CALLS = 4  # of one request at a time
 
@@ -92,22 +93,26 @@ class PooledCalls:
         return [result for task in tasks for result in task.result()]
 
     async def encode(self, items: Sequence[Item], rules: EncodeRules) -> list[engine_pb2.EmbedInput]:
-        """items: all of one kind. Raises ApiError: ids outside the vocabulary, no tokens,
-        context_length_exceeded."""
+        """items: all of one kind. Raises ApiError, which begins with the place of the item at fault: ids
+        outside the vocabulary, no tokens, context_length_exceeded."""
         if isinstance(items[0], list):
-            inputs = [self._checked(item, rules) for item in items if isinstance(item, list)]
+            inputs = [
+                self._checked(item, rules, number)
+                for number, item in enumerate(items)
+                if isinstance(item, list)
+            ]
         else:
             inputs = await self._encode_texts(items, rules)
         self.usage.prompt_tokens += sum(len(item.token_ids) for item in inputs)
         return inputs
 
-    def _checked(self, ids: list[int], rules: EncodeRules) -> engine_pb2.EmbedInput:
+    def _checked(self, ids: list[int], rules: EncodeRules, number: int) -> engine_pb2.EmbedInput:
         size = self._model.info.vocab_size
         if max(ids) >= size:
             raise ApiError(
                 "invalid_value",
-                f"Token id {max(ids)} is outside the vocabulary of {size}. Ids of another tokenizer, such as "
-                "OpenAI's, mean nothing to this model: send texts.",
+                f"Input {number}: token id {max(ids)} is outside the vocabulary of {size}. Ids of another "
+                "tokenizer, such as OpenAI's, mean nothing to this model: send texts.",
                 "prompt",
             )
         if rules.truncate is not None:
@@ -116,7 +121,8 @@ class PooledCalls:
         if len(ids) > limit:
             raise ApiError(
                 "context_length_exceeded",
-                f"This model's maximum input length is {limit} tokens, but an input has {len(ids)}.",
+                f"Input {number}: This model's maximum input length is {limit} tokens, but the prompt "
+                f"resulted in {len(ids)} tokens.",
                 "prompt",
             )
         return engine_pb2.EmbedInput(token_ids=ids)
@@ -141,9 +147,16 @@ class PooledCalls:
                 request.truncation_side = tokenizer_pb2.TRUNCATION_SIDE_RIGHT
         else:
             request.max_tokens = max_input_tokens(self._model)
-        answer = await tokenizer.encode(request, self.remaining())
-        if not all(row.ids for row in answer.encodings):
-            raise ApiError("invalid_value", "An input has no tokens.", "prompt")
+        try:
+            answer = await tokenizer.encode(request, self.remaining())
+        except ApiError as error:
+            if error.reason == "context_length_exceeded":
+                place = _PLACE.search(error.param or "")
+                error.message = f"Input {place[1] if place else 0}: {error.message}"
+            raise
+        for number, row in enumerate(answer.encodings):
+            if not row.ids:
+                raise ApiError("invalid_value", f"Input {number} has no tokens.", "prompt")
         return [
             engine_pb2.EmbedInput(token_ids=row.ids, token_type_ids=row.token_type_ids)
             for row in answer.encodings

@@ -119,7 +119,11 @@ async def _by_similarity(calls: PooledCalls, pairs: Sequence[Pair], options: Sco
 async def _to_one_query(
     calls: PooledCalls, query: str, documents: list[str], rules: EncodeRules
 ) -> list[float]:
-    (encoded,) = await calls.encode([query], rules)
+    try:
+        (encoded,) = await calls.encode([query], rules)
+    except ApiError as error:
+        error.message = error.message.replace("Input 0", "The query", 1)
+        raise
 
     async def work(part: Sequence[str]) -> list[float]:
         inputs = await calls.encode(part, rules)

@@ -103,20 +103,25 @@ class LoadedTokenizer:
         return token if token in self._added else None
 
     def encode(self, texts: Sequence[str], pairs: Sequence[str], options: EncodeOptions) -> list[Encoded]:
-        """One row a text; pairs is empty or as long. Raises ApiError (context_length_exceeded)."""
+        """One row a text; pairs is empty or as long. Raises ApiError (context_length_exceeded), which names
+        the text of several."""
         inputs: list[Input] = list(zip(texts, pairs, strict=True)) if pairs else list(texts)
         answers: list[Encoded] = []
         for group in _groups(inputs):
             rows = self._encode(group, options.add_special_tokens, options.offsets)
-            answers += [self._answer(given, row, options) for given, row in zip(group, rows, strict=True)]
+            for given, row in zip(group, rows, strict=True):
+                name = f"prompt[{len(answers)}]" if len(inputs) > 1 else "prompt"
+                answers.append(self._answer(given, row, options, name))
         return answers
 
-    def _answer(self, given: Input, whole: tokenizers.Encoding, options: EncodeOptions) -> Encoded:
+    def _answer(self, given: Input, whole: tokenizers.Encoding, options: EncodeOptions, name: str) -> Encoded:
         row: tokenizers.Encoding | _Row = whole
         if options.truncate is not None and len(row) > options.truncate:
             row = self._truncated(given, options)
         if options.max_tokens and len(row) > options.max_tokens:
-            raise too_long(len(row), options.max_tokens, "prompt", options.no_answer)
+            error = too_long(len(row), options.max_tokens, "prompt", options.no_answer)
+            error.param = name
+            raise error
         return _encoded(row, isinstance(given, tuple), options)
 
     def token_id(self, text: str) -> int | None:

@@ -297,6 +297,22 @@ async def test_an_input_is_named_by_its_place_in_the_request() -> None:
     assert caught.value.message == "Input 290: the model is 3 years old."
 
 
+async def test_the_input_that_cannot_be_served_is_told(embedder: Any) -> None:
+    long = "one two three four five " * 10
+    ids = ids_of(embedder, long)
+    for given, place in (
+        ([*["a"] * 200, long], 200),
+        (["a", "b" * 70_000], 1),  # a call of its own
+        ([[1], [1], ids], 2),
+        ([*[[1]] * 150, [10**6]], 150),
+    ):
+        answer = await embed(embedder, given)
+        assert answer.status_code == 400
+        error = answer.json()["error"]
+        assert error["message"].startswith(f"Input {place}: ")
+        assert error["param"] == "input"
+
+
 async def test_usage_is_counted(embedder: Any) -> None:
     tokens = (await embed(embedder)).json()["usage"]["prompt_tokens"]
     text = (await embedder.get("/metrics")).text

@@ -153,9 +153,10 @@ class FakeTokenizer(tokenizer_pb2_grpc.TokenizerServicer):
             if request.HasField("truncate_tokens"):
                 first = request.truncation_side == tokenizer_pb2.TRUNCATION_SIDE_RIGHT
                 found.truncate(request.truncate_tokens, direction="right" if first else "left")
+            name = f"prompt[{len(response.encodings)}]" if len(request.texts) > 1 else "prompt"
             response.encodings.append(
                 tokenizer_pb2.Encoding(
-                    ids=self._limited(found.ids, request.max_tokens, "prompt"),
+                    ids=self._limited(found.ids, request.max_tokens, name),
                     token_type_ids=found.type_ids if request.pairs else [],
                     tokens=found.tokens if request.return_tokens else [],
                     offsets=[edge for span in found.offsets for edge in span]

@@ -109,6 +109,13 @@ def test_truncated_pairs_keep_both_sides(tokenizer: LoadedTokenizer) -> None:
     assert len(both.ids) == 21
 
 
+def test_the_text_of_several_that_is_too_long_is_named(tokenizer: LoadedTokenizer) -> None:
+    for texts, name in ((["a b c d e"], "prompt"), (["a", "a", "a b c d e"], "prompt[2]")):
+        with pytest.raises(ApiError) as caught:
+            tokenizer.encode(texts, [], EncodeOptions(max_tokens=4))
+        assert caught.value.param == name
+
+
 def test_too_many_tokens_names_both_numbers(tokenizer: LoadedTokenizer) -> None:
     count = len(tokenizer.encode(["Hello world"], [], EncodeOptions())[0].ids)
     with pytest.raises(ApiError, match=rf"\b3 tokens.*\b{count} tokens") as caught:
