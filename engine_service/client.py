@@ -9,7 +9,6 @@ the new core, once: one that was with two dead cores is refused.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import time
 from collections import deque
@@ -38,6 +37,7 @@ from penstock.engine_service.core_process import COMMAND
 from penstock.engine_service.live import Live, Sink
 from penstock.engine_service.totals import Queue, Totals
 from penstock.protos.errors import ApiError, from_parts
+from penstock.protos.loop import set_within
 
 log = logging.getLogger("penstock.engine.client")
 
@@ -145,10 +145,7 @@ class EngineClient:
 
     async def wait_idle(self, timeout_s: float) -> bool:
         """Whether all requests were over in time."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(timeout_s):
-                await self._idle.wait()
-        return self._idle.is_set()
+        return await set_within(self._idle, timeout_s)
 
     def queue(self) -> Queue:
         """What waits now, requests included that the core has not reported yet."""

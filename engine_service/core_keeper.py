@@ -7,7 +7,6 @@ answers pings. Loading may be silent for as long as it takes.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import enum
 import logging
 import time
@@ -24,6 +23,7 @@ from penstock.engine_service.core.messages import (
     ToCore,
 )
 from penstock.engine_service.core_process import COMMAND, CoreGone, CoreProcess
+from penstock.protos.loop import set_within
 
 log = logging.getLogger("penstock.engine.keeper")
 
@@ -181,11 +181,7 @@ class CoreKeeper:
         if self._is_idle():
             idle_s = min(IDLE_PING_INTERVAL_S, longest_s)
             self._stirred.clear()
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(idle_s):
-                    await self._stirred.wait()
-                return 0.0
-            return idle_s
+            return 0.0 if await set_within(self._stirred, idle_s) else idle_s
         turn_s = min(PING_INTERVAL_S, longest_s)
         await asyncio.sleep(turn_s)
         return turn_s

@@ -11,6 +11,7 @@ from penstock.engine_service.admission import Admission
 from penstock.engine_service.client import EngineClient
 from penstock.engine_service.outgoing import Outgoing
 from penstock.protos.errors import ApiError
+from penstock.protos.loop import set_within
 
 
 class Drain:
@@ -61,7 +62,4 @@ class Drain:
 
     async def wait_over(self, timeout_s: float) -> bool:
         """Whether the streams have been ended, at the latest after timeout_s."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(timeout_s):
-                await self._over.wait()
-        return self._over.is_set()
+        return await set_within(self._over, timeout_s)

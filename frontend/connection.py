@@ -7,7 +7,6 @@ keeps its streams open and says nothing). Probes follow use: at once after a pau
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import random
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from enum import Enum
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from penstock.protos.loop import set_within
 from penstock.protos.serving import CLIENT_OPTIONS
 
 log = logging.getLogger("penstock.frontend.connection")
@@ -148,9 +148,7 @@ class Connection:
         self._touched.clear()
         await asyncio.sleep(_PROBE_INTERVAL_S)
         if self._responsive and not self.busy:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(_IDLE_PROBE_INTERVAL_S):
-                    await self._touched.wait()
+            await set_within(self._touched, _IDLE_PROBE_INTERVAL_S)
 
     def _set(self, state: State) -> None:
         if state is State.UNREACHABLE:
