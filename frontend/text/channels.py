@@ -6,7 +6,15 @@ A message to a function stays as it was written, header and all: the parser of c
 
 from __future__ import annotations
 
-from penstock.frontend.text.tools.harmony import CHANNEL, ENDS, MAX_HEADER, MESSAGE, START, recipient
+from penstock.frontend.text.tools.harmony import (
+    CHANNEL,
+    ENDS,
+    MAX_HEADER,
+    MESSAGE,
+    NAMESPACE,
+    START,
+    recipient,
+)
 from penstock.frontend.text.tools.json_text import JsonError, limited
 from penstock.frontend.text.tools.reader import Out, Reader, Steps
 
@@ -91,7 +99,7 @@ class ChannelParser:
     def _body(self, header: str) -> Steps[str]:
         """Reads a message's text and the mark behind it. Returns the mark, "" at the end."""
         name = recipient(header)
-        if name.startswith("functions.") or (name and ANALYSIS not in header):
+        if name.startswith(NAMESPACE) or (name and ANALYSIS not in header):
             self._content.append(header + MESSAGE)
             mark = yield from self._reader.until(_BODY_ENDS, self._content.append)
             self._content.append(mark if mark != START else "")

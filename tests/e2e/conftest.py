@@ -21,8 +21,8 @@ from penstock.local.ports import free_port
 from penstock.protos import engine_pb2, engine_pb2_grpc
 from penstock.protos.probe import serving
 
-# Small enough that sixteen requests at once run out of blocks and preempt each other.
 PATIENCE_S = 60.0
+# Small enough that sixteen requests at once run out of blocks and preempt each other.
 ENGINE = ["--num-kv-blocks=40", "--max-num-seqs=16", "--max-num-batched-tokens=48", "--threads=1"]
 
 

@@ -188,6 +188,15 @@ class ToolParser:
             raise NotACall
         return "".join(pieces)
 
+    def marked_calls(
+        self, mark: str, call: Callable[[], Steps[None]], around: tuple[str, ...] = ()
+    ) -> Steps[None]:
+        """Content, and calls that each begin with a mark. call: reads one, behind its mark. around: marks
+        that say nothing of their own, and are no content."""
+        while found := (yield from self.reader.until((*around, mark), self.say)):
+            if found == mark:
+                yield from call()
+
     def bare_object(self, closing: tuple[str, ...]) -> Steps[bool]:
         """The arguments of the call that has begun, one JSON value, and its end. Whether that went well; else
         it has read to one of the closing marks."""

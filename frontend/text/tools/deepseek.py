@@ -28,9 +28,7 @@ class DeepSeek(ToolParser):
         return f"{opening} {lark.json(schema)} {lark.text(chr(10) + _FENCE + CALL_END)}"
 
     def parse(self) -> Steps[None]:
-        while mark := (yield from self.reader.until((CALLS_BEGIN, CALLS_END, CALL_BEGIN), self.say)):
-            if mark == CALL_BEGIN:
-                yield from self._call()
+        yield from self.marked_calls(CALL_BEGIN, self._call, (CALLS_BEGIN, CALLS_END))
 
     def _call(self) -> Steps[None]:
         reader = self.reader

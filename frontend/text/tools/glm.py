@@ -33,8 +33,7 @@ class Glm(ToolParser):
         return " ".join(parts)
 
     def parse(self) -> Steps[None]:
-        while (yield from self.reader.until((OPENING,), self.say)):
-            yield from self._call()
+        yield from self.marked_calls(OPENING, self._call)
 
     def _call(self) -> Steps[None]:
         reader = self.reader

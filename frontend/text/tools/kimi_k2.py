@@ -35,9 +35,7 @@ class KimiK2(ToolParser):
         super().__init__(tools)
 
     def parse(self) -> Steps[None]:
-        while mark := (yield from self.reader.until((SECTION_BEGIN, SECTION_END, CALL_BEGIN), self.say)):
-            if mark == CALL_BEGIN:
-                yield from self._call()
+        yield from self.marked_calls(CALL_BEGIN, self._call, (SECTION_BEGIN, SECTION_END))
 
     def _call(self) -> Steps[None]:
         reader = self.reader
