@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from penstock.engine_service.models.pooled import VarlenBatch
-from penstock.kernels.native.program import NotRecordable, Program, Rows
+from penstock.kernels.native.program import APART_FROM, SAME_SET_BYTES, NotRecordable, Program, Rows
 
 # Replaces the hidden states [tokens, hidden] of inputs that begin and end at int32 [inputs + 1].
 Record = Callable[[Program, Tensor, Tensor], None]
@@ -20,9 +20,6 @@ log = logging.getLogger("penstock.engine.replay")
 
 # With more tokens the products take all of the time, and the buffers a lot of memory.
 MOST_TOKENS = 2048
-# Rows a multiple of so many bytes apart share places in the first cache: many of them are copied before each
-# product instead.
-_SAME_SET, _MOST_ROWS_ALIKE = 4096, 63
 _FIRST_CAPACITY = 64
 
 
@@ -35,8 +32,9 @@ class EncoderReplay:
         self._hidden_size = hidden_size
         self._dtype = dtype
         self._recorded: _Recorded | None = None
-        alike = any(size * dtype.itemsize % _SAME_SET == 0 for size in (hidden_size, intermediate_size))
-        self._most_tokens = _MOST_ROWS_ALIKE if alike else MOST_TOKENS
+        alike = any(size * dtype.itemsize % SAME_SET_BYTES == 0 for size in (hidden_size, intermediate_size))
+        # Many such rows are copied before each product instead.
+        self._most_tokens = APART_FROM - 1 if alike else MOST_TOKENS
 
     @property
     def capacity(self) -> int:

@@ -20,12 +20,10 @@ from penstock.kernels.native.library import (
     reason,
     threads_for,
 )
-from penstock.kernels.native.program import LINEAR, NotRecordable, Program
+from penstock.kernels.native.program import APART_FROM, LINEAR, SAME_SET_BYTES, NotRecordable, Program
 
 _PANEL = 32  # outputs
 _LANE_BYTES = 4  # a step of an output: one float32, or a pair of bfloat16
-# Rows so many bytes apart share places in the first cache; measured: a copy pays from so many rows on.
-_SAME_SET_BYTES, _COPY_FROM = 4096, 64
 _ROWS_AT_ONCE = 8  # take about as long as one: the weight's bytes
 
 _opened = library()
@@ -90,7 +88,7 @@ class _Linear:
             raise ValueError(f"rows of {columns} {x.dtype} for a weight of {self._columns} {dtype} columns")
         if columns % self._a_lane:
             x = F.pad(x, (0, 1))
-        elif rows >= _COPY_FROM and x.stride(0) * dtype.itemsize % _SAME_SET_BYTES == 0:
+        elif rows >= APART_FROM and x.stride(0) * dtype.itemsize % SAME_SET_BYTES == 0:
             apart = torch.empty((rows, columns + _PANEL), dtype=dtype)[:, :columns]
             x = apart.copy_(x)
         elif x.stride(1) != 1:

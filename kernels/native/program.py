@@ -48,8 +48,10 @@ _FUNCTIONS = {
 _OPS = ("activation", "kv_write", "logits", "norm", "paged_attention", "varlen_attention")
 _MOST_DIMS = 256  # of a head in varlen attention
 _TILE, _TILED_DIMS = 16, 4  # of a cache, see kv_write/native.py
-# Rows that lie a multiple of so many bytes apart share places in the first cache, see linear/native.py.
-_SAME_SET, _APART_FROM, _APART = 4096, 64, 64
+# Rows that lie a multiple of so many bytes apart share places in the first cache. Measured: to lay them
+# otherwise pays from so many rows on, a copy included.
+SAME_SET_BYTES, APART_FROM = 4096, 64
+_GAP_BYTES = 64
 
 # As the kinds of rows of program.c.
 TOKENS, SEQUENCES, SAMPLES = range(3)
@@ -118,8 +120,8 @@ class Program:
         key = (name, columns, dtype or self.dtype, rows)
         if key not in self._buffers:
             capacity, gap = self.capacity[rows], 0
-            if apart and capacity >= _APART_FROM and columns * key[2].itemsize % _SAME_SET == 0:
-                gap = _APART // key[2].itemsize
+            if apart and capacity >= APART_FROM and columns * key[2].itemsize % SAME_SET_BYTES == 0:
+                gap = _GAP_BYTES // key[2].itemsize
             made = torch.zeros(capacity, columns + gap, dtype=key[2])[:, :columns]
             self._buffers[key] = made
             self._rows_of[made.data_ptr()] = rows
