@@ -27,7 +27,8 @@ from penstock.engine_service.models.sentence_modules import read_prompts
 from penstock.local import model_source, offline
 from penstock.local.offline import Collector
 from penstock.local.offline_constraint import constraint_of
-from penstock.local.offline_prompts import Message, Prompt, as_prompts, as_talks, is_list
+from penstock.local.offline_kinds import is_list
+from penstock.local.offline_prompts import Message, Prompt, as_prompts, as_talks
 from penstock.local.offline_run import GenerationRun, Outbox
 from penstock.local.offline_text import Text
 from penstock.local.outputs import RequestOutput

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeGuard
+from typing import Any
+
+from penstock.local.offline_kinds import is_list
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
 Message = Mapping[str, Any]
@@ -27,8 +29,3 @@ def as_talks(messages: Sequence[Message] | Sequence[Sequence[Message]]) -> Seque
     if messages and isinstance(messages[0], Mapping):
         return [messages]  # type: ignore[list-item]
     return messages  # type: ignore[return-value]
-
-
-def is_list(value: object) -> TypeGuard[Sequence[Any]]:
-    """Whether entries can be taken from it one by one: characters and bytes are none."""
-    return isinstance(value, Sequence) and not isinstance(value, str | bytes)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,19 +50,15 @@ class Text:
         return self.vocabulary.tokenizer
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        try:
+        with _naming_halves("prompt: the text"):
             return self._loaded.encode_prompt(text, add_special_tokens)
-        except TypeError:  # all that the library says of such a text
-            raise ValueError("prompt: the text holds half of a character") from None
 
     def encode_rows(self, texts: Sequence[str], others: Sequence[str], truncate: int | None) -> list[Encoded]:
         """With special tokens, each text alone, or with the one at its place in `others`; the first
         `truncate` ids. Raises ValueError for a text that is not Unicode."""
         options = EncodeOptions(truncate=truncate, keep_last=False)
-        try:
+        with _naming_halves("a text"):
             return self._loaded.encode(texts, others, options)
-        except TypeError:  # all that the library says of such a text
-            raise ValueError("a text holds half of a character") from None
 
     def encode_word(self, word: str) -> list[list[int]]:
         """The id sequences that spell a word, at the start of a text and after a space."""
@@ -100,6 +97,15 @@ class Text:
         text = data.decode("utf-8")
         # The template writes the special tokens itself.
         return Rendered(text, self.encode(text, add_special_tokens=False), hints.stop_token_ids)
+
+
+@contextlib.contextmanager
+def _naming_halves(what: str) -> Iterator[None]:
+    """Raises ValueError for a text that holds half of a character: the library says TypeError and no more."""
+    try:
+        yield
+    except TypeError:
+        raise ValueError(f"{what} holds half of a character") from None
 
 
 def _json(value: Any, name: str) -> bytes:

@@ -24,7 +24,7 @@ from penstock.engine_service.core.messages import (
     StepOutput,
 )
 from penstock.engine_service.core.pooled_loop import PooledLoop
-from penstock.local.offline_prompts import is_list
+from penstock.local.offline_kinds import is_list, is_whole, whole
 from penstock.local.offline_text import Text
 
 Input = str | Sequence[int]  # a text, or its ids
@@ -116,7 +116,7 @@ class PooledBatches:
         facts = self._facts
         if asked is None:
             return 0
-        _check_whole("dimensions", asked)
+        whole("dimensions", asked)
         any_size = facts.any_dimensions and 0 < asked <= facts.dimensions
         if not (any_size or asked in (facts.dimensions, *facts.matryoshka)):
             raise ValueError(f"dimensions: this model's vectors cannot have {asked} of {facts.dimensions}")
@@ -175,7 +175,7 @@ class PooledBatches:
     ) -> Iterator[tuple[int, AddPooled]]:
         limit = self._ready.max_model_len
         if truncate is not None:
-            _check_whole("truncate_prompt_tokens", truncate)
+            whole("truncate_prompt_tokens", truncate)
         keep = limit if truncate == -1 else truncate
         if keep is not None and not 1 <= keep <= limit:
             raise ValueError(f"truncate_prompt_tokens: must be -1 or between 1 and {limit}")
@@ -218,19 +218,14 @@ def _rows(pooled: Pooled) -> Floats:
     return np.frombuffer(pooled.values, "<f4").reshape(-1, pooled.width)
 
 
-def _check_whole(name: str, value: object) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise ValueError(f"{name}: must be a whole number")
-
-
 def as_texts(texts: Any, name: str) -> list[Input]:
     """A text becomes a list of one, and so do its ids. Raises ValueError for anything but texts and ids."""
-    if isinstance(texts, str) or (is_list(texts) and texts and _is_id(texts[0])):
+    if isinstance(texts, str) or (is_list(texts) and texts and is_whole(texts[0])):
         texts = [texts]
     if not is_list(texts):
         raise ValueError(f"{name}: a text or a list of them")
     for index, text in enumerate(texts):
-        if not (isinstance(text, str) or (is_list(text) and all(map(_is_id, text)))):
+        if not (isinstance(text, str) or (is_list(text) and all(map(is_whole, text)))):
             raise ValueError(f"{name}: entry {index} is neither a text nor a list of token ids")
     return list(texts)
 
@@ -249,7 +244,3 @@ def as_pairs(text_1: Any, text_2: Any) -> list[tuple[str, str]]:
     if len(first) != len(second):
         raise ValueError(f"text_2: {len(second)} texts for the {len(first)} of text_1")
     return list(zip(first, second, strict=True))
-
-
-def _is_id(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from penstock.frontend.api.ranking import MAX_BEAMS, NEUTRAL
 from penstock.local.offline_constraint import constraint_of
+from penstock.local.offline_kinds import is_whole, whole
 
 MAX_LOGPROBS = 20
 MAX_N = 128
@@ -171,7 +172,7 @@ class SamplingParams:
         if len(words) > MAX_BAD_WORDS:
             raise ValueError(f"bad_words: at most {MAX_BAD_WORDS} strings")
         for name in ("stop_token_ids", "allowed_token_ids"):
-            if any(not _is_whole(token) or token < 0 for token in getattr(self, name) or ()):
+            if any(not is_whole(token) or token < 0 for token in getattr(self, name) or ()):
                 raise ValueError(f"{name}: token ids are whole numbers from 0")
         if self.allowed_token_ids is not None and not self.allowed_token_ids:
             raise ValueError("allowed_token_ids: at least one id")
@@ -179,7 +180,7 @@ class SamplingParams:
         if len(biases) > MAX_BIASES:
             raise ValueError(f"logit_bias: at most {MAX_BIASES} entries")
         for token, bias in biases.items():
-            if not _is_whole(token) or token < 0:
+            if not is_whole(token) or token < 0:
                 raise ValueError("logit_bias: its keys are token ids")
             _real("logit_bias", bias, -100, 100)
 
@@ -189,18 +190,12 @@ class SamplingParams:
             raise ValueError(f"{asked.param}: not supported with beam search")
 
 
-def _is_whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
 def _is_list(value: object) -> bool:
     return isinstance(value, Collection) and not isinstance(value, str | bytes | Mapping)
 
 
 def _whole(name: str, value: object, low: int, high: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise ValueError(f"{name}: must be a whole number")
-    if not low <= value <= high:
+    if not low <= whole(name, value) <= high:
         raise ValueError(f"{name}: must be between {low} and {high}, not {value}")
 
 
